@@ -1,0 +1,66 @@
+"""Entropies of a flow policy: closed forms, estimates, and the KL divergence between two policies.
+
+For a Gaussian step with standard deviation s_i in d dimensions (proofs/P01),
+
+    C_i = -(d/2) log(2 pi s_i^2)             the log-normaliser (the paper's C_t; its value is a reading)
+    H_i = d/2 - C_i = (d/2) log(2 pi e s_i^2)
+
+so H_i holds no theta and no x. The whole path has (proofs/P02)
+
+    H(x_0..x_N) = H(x_0) + sum_i H_i         over the stochastic steps,
+
+and two policies that share the kernel differ by (proofs/P05)
+
+    KL(p_theta || p_ref) = ||mu_theta - mu_ref||^2 / (2 s_i^2).
+
+All in nats; "sum" is over the d dimensions, "mean" is per dimension. A deterministic step has s_i = 0
+and differential entropy -inf, which is true and is reported; sums leave these steps out.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ref.policy import reduce
+from ref.schedule import FlowSchedule
+
+
+def log_normalizer(schedule: FlowSchedule, dim: int) -> Tensor:
+    """C_i = -(d/2) log(2 pi s_i^2), [N], nats; +inf at deterministic steps. Project page, H = d/2 - C_t."""
+    return -0.5 * dim * (2 * math.pi * schedule.std.double().square()).log()
+
+
+def policy_entropy(schedule: FlowSchedule, dim: int, reduction: str = "sum") -> Tensor:
+    """H_i = d/2 - C_i of every transition, [N], nats, float64; divided by d when reduction is "mean"."""
+    entropy = dim / 2 - log_normalizer(schedule, dim)
+    return entropy if reduction == "sum" else entropy / dim
+
+
+def path_entropy(schedule: FlowSchedule, dim: int) -> Tensor:
+    """H(x_0) + sum of H_i over the stochastic steps, 0-d, nats, for x_0 ~ N(0, I) (proofs/P02)."""
+    start = 0.5 * dim * math.log(2 * math.pi * math.e)
+    return start + policy_entropy(schedule, dim)[list(schedule.steps)].sum()
+
+
+def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor | float, reduction: str = "mean") -> Tensor:
+    """KL(N(mean, std^2 I) || N(other, std^2 I)), [B], nats; symmetric in the means (proofs/P05)."""
+    return reduce(((mean - other) / std).square() / 2, reduction)
+
+
+def knn_entropy(x: Tensor, k: int = 3) -> Tensor:
+    """Differential entropy (0-d, nats) of the density behind samples x [n, d].
+
+    Kozachenko and Leonenko's estimate from the distance to the k-th neighbour, in the form of
+    Kraskov et al. (2004): psi(n) - psi(k) + log V_d + d mean log r_k. Raises ValueError unless n > k.
+    """
+    n, d = x.shape
+    if n <= k:
+        raise ValueError(f"knn_entropy with k={k} needs more than {k} samples, got {n}")
+    from scipy.spatial import cKDTree
+
+    points = x.detach().cpu().double().numpy()
+    radius = torch.from_numpy(cKDTree(points).query(points, k + 1)[0][:, k])
+    log_volume = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
+    psi = torch.special.digamma(torch.tensor([float(n), float(k)], dtype=torch.float64))
+    return psi[0] - psi[1] + log_volume + d * radius.log().mean()

@@ -1,0 +1,335 @@
+"""Group-relative policy optimisation of a flow policy: one generator that yields its state.
+
+One iteration, for G prompts with K samples each (B = G K, sample b = g K + k) and S trained steps:
+
+    sample      x_0 .. x_N, images, reward R [G, K], features phi [G, K, D]
+    shape       R~ [G, K, S] = method.shape(...)            where PEC and PCVAE act
+    advantage   A = (R~ - mean_k R~) / (std_k R~ + 1e-4), clipped to [-5, 5]
+    update      for each of `updates` parts of the groups, one optimiser step on
+                mean over samples and steps of method.loss(ratio, A),
+                ratio = exp(log p_theta(x_{i+1} | x_i) - log p_old(x_{i+1} | x_i))
+
+Randomness is a function of (seed, iteration, prompt group) alone, so there is no generator state to
+save, no member of a group can get another's noise, and how samples are cut into micro-batches or
+spread over processes does not change them. Rollout and update cut the batch in the same places:
+the same kernels run on the same shapes, and the first update of an iteration has ratio exactly 1
+(`metrics["ratio_error"]` watches it).
+
+Departures from Flow-GRPO's code: one deterministic last step; a zero-spread group gets advantage
+exactly 0; the group's noise is drawn per group.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ref import metrics
+from ref.entropy import policy_entropy
+from ref.methods import FlowGRPO, Group, Step
+from ref.perceptual import calibrate, perceptual_entropy
+from ref.policy import Trajectory, gaussian_log_prob, rollout
+from ref.schedule import FlowSchedule
+
+
+@dataclass
+class Settings:
+    """Everything that decides a run besides model, reward, encoder and method. The defaults are digits'."""
+
+    iterations: int = 100  # optimisation rounds
+    groups: int = 10  # G, prompts an iteration
+    group_size: int = 16  # K, samples a prompt
+    updates: int = 2  # optimiser steps an iteration; each sees groups / updates whole groups
+    micro_batch: int = 1024  # samples in one forward pass
+    steps: int = 10  # N, denoising steps
+    kind: str = "flow_sde"  # kernel, see schedule.py
+    noise_level: float = 0.7  # eta of the kernel
+    window: int | None = None  # train only this many consecutive steps, placed anew each iteration
+    lr: float = 3e-4  # AdamW's learning rate
+    clip: float = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
+    advantage_clip: float = 5.0  # advantages are clipped to +- this
+    std_normalize: bool = True  # divide advantages by the group's standard deviation
+    grad_clip: float = 1.0  # largest gradient norm
+    omega: str = "uniform"  # weights over steps of PEC and PCVAE: uniform, or variance (proportional to s_i^2)
+    seed: int = 0
+
+    def __post_init__(self):
+        low = dict(iterations=0, groups=1, group_size=2, updates=1, micro_batch=1, steps=2, noise_level=0.0, lr=0.0)
+        for name, least in low.items():
+            if not least <= getattr(self, name) < float("inf"):
+                remedy = "; one sample has no group to be compared with" if name == "group_size" else ""
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}{remedy}")
+        if self.updates > self.groups:
+            raise ValueError(f"updates ({self.updates}) cannot exceed groups ({self.groups}): each takes whole groups")
+        if self.window is not None and not 1 <= self.window <= self.steps - 1:
+            raise ValueError(f"window must lie in 1..{self.steps - 1} (the last step is deterministic), got {self.window}")
+        if self.omega not in ("uniform", "variance"):
+            raise ValueError(f"omega must be 'uniform' or 'variance', got {self.omega!r}")
+
+
+@dataclass
+class Samples:
+    """Whole groups of finished samples. B = G K, group-major."""
+
+    prompts: list[str]  # [B]
+    conditioning: dict[str, Tensor]
+    trajectory: Trajectory
+    images: Tensor  # [B, C, H, W]
+
+    @property
+    def latents(self) -> Tensor:
+        return self.trajectory.x[-1]
+
+
+@dataclass
+class State:
+    """What `train` yields. The first block is saved in checkpoints, the second is for looking at."""
+
+    model: object
+    optimizer: torch.optim.Optimizer
+    iteration: int = 0
+    bandwidth: float | None = None
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: Samples | None = None
+    reward: Tensor | None = None  # [G, K]
+    features: Tensor | None = None  # [G, K, D]
+    advantages: Tensor | None = None  # [G, K, S]
+
+    def state_dict(self) -> dict:
+        return {
+            "iteration": self.iteration,
+            "bandwidth": self.bandwidth,
+            "weights": trainable(self.model),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.iteration, self.bandwidth = saved["iteration"], saved["bandwidth"]
+        with torch.no_grad():
+            for name, parameter in trainable(self.model).items():
+                parameter.copy_(saved["weights"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+
+def trainable(model) -> dict[str, Tensor]:
+    """The weights that training moves, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def start(model, settings: Settings) -> State:
+    """A fresh state: AdamW over the trainable weights."""
+    return State(model, torch.optim.AdamW(trainable(model).values(), lr=settings.lr, weight_decay=0.0))
+
+
+def generator_for(*key) -> torch.Generator:
+    """A CPU generator whose seed is a hash of the key."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def pick_prompts(prompts: list[str], settings: Settings, iteration: int) -> list[str]:
+    """The G prompts of an iteration: the list shuffled anew each time it is used up."""
+    first = iteration * settings.groups
+    picked, shuffled = [], {}
+    for n in range(first, first + settings.groups):
+        epoch, place = divmod(n, len(prompts))
+        if epoch not in shuffled:
+            shuffled[epoch] = torch.randperm(len(prompts), generator=generator_for(settings.seed, "epoch", epoch)).tolist()
+        picked.append(prompts[shuffled[epoch][place]])
+    return picked
+
+
+def chunks(groups: int, group_size: int, updates: int, micro_batch: int) -> list[list[Tensor]]:
+    """Sample indices, first by optimiser step (whole groups), then by micro-batch."""
+    parts = torch.arange(groups * group_size).view(groups, group_size).tensor_split(updates)
+    return [list(part.flatten().split(micro_batch)) for part in parts]
+
+
+@torch.no_grad()
+def sample(
+    model, prompts: list[str], group_size: int, schedule: FlowSchedule, key: tuple, layout: list[Tensor] | None = None
+) -> Samples:
+    """K = group_size samples of each prompt. `key` seeds the noise; `layout` lists the micro-batches."""
+    repeated = [p for p in prompts for _ in range(group_size)]
+    conditioning = model.encode(repeated)
+    shape = (len(schedule) + 1, group_size, *model.latent_shape)
+    noise = torch.cat([torch.randn(shape, generator=generator_for(*key, g)) for g in range(len(prompts))], dim=1)
+    noise = noise.to(next(iter(conditioning.values())).device)
+    parts = []
+    for rows in layout or [torch.arange(len(repeated))]:
+        part = {name: value[rows] for name, value in conditioning.items()}
+        parts.append(
+            rollout(lambda x, sigma: model.velocity(x, sigma, part), schedule, noise[0, rows], eps=noise[1:, rows])
+        )
+    join = {name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("x", "mean", "log_prob")} if (
+        schedule.steps
+    ) else {"x": torch.cat([p.x for p in parts], dim=1), "mean": parts[0].mean, "log_prob": parts[0].log_prob}
+    trajectory = Trajectory(**join, steps=schedule.steps)
+    return Samples(repeated, conditioning, trajectory, model.decode(trajectory.x[-1]))
+
+
+def checked(values: Tensor, what: str, prompts: list[str]) -> Tensor:
+    """`values` [B, ...], or a ValueError that names the network and the prompt of the first NaN or inf."""
+    bad = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
+    if bad.any():
+        raise ValueError(f"{what} returned a NaN or infinite value for the prompt {prompts[bad.nonzero()[0, 0]]!r}")
+    return values
+
+
+def advantages(reward: Tensor, clip: float = 5.0, std_normalize: bool = True) -> Tensor:
+    """Group-relative advantages of shaped rewards [G, K, S], normalised over K; 0 where a group has no spread."""
+    centred = reward - reward.mean(1, keepdim=True)
+    if std_normalize:
+        centred = centred / (reward.std(1, keepdim=True) + 1e-4)
+    flat = reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+    return centred.masked_fill(flat, 0).clamp(-clip, clip)
+
+
+def step_weights(schedule: FlowSchedule, omega: str) -> Tensor:
+    """omega_t of the stochastic steps, [S], mean 1."""
+    variance = schedule.std[list(schedule.steps)].square()
+    return variance / variance.mean() if omega == "variance" else torch.ones_like(variance)
+
+
+def train(
+    model,
+    prompts: list[str],
+    reward: Callable[[Tensor, list[str]], Tensor],
+    encoder: Callable[[Tensor], Tensor],
+    method: FlowGRPO,
+    settings: Settings,
+    state: State | None = None,
+) -> Iterator[State]:
+    """Fine-tune `model` (the five names of text2image.py) and yield the state after every iteration.
+
+    reward(images, prompts) -> [B] and encoder(images) -> [B, D] must not depend on the batch they are
+    called with. Raises ValueError when either returns a NaN, naming it and the prompt.
+    """
+    state = state or start(model, settings)
+    full = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
+    layout = chunks(settings.groups, settings.group_size, settings.updates, settings.micro_batch)
+    groups = (settings.groups, settings.group_size)
+
+    if state.bandwidth is None:  # calibrated on the base model: nothing has been trained yet
+        base = sample(model, pick_prompts(prompts, settings, 0), settings.group_size, full, (settings.seed, "calibrate"))
+        state.bandwidth = calibrate(checked(encoder(base.images), name(encoder), base.prompts).unflatten(0, groups))
+
+    while state.iteration < settings.iterations:
+        began, schedule = time.perf_counter(), full
+        if settings.window is not None:  # one window for all groups
+            generator = generator_for(settings.seed, state.iteration, "window")
+            schedule = full.windowed(
+                int(torch.randint(settings.steps - settings.window, (), generator=generator)), settings.window
+            )
+
+        picked = pick_prompts(prompts, settings, state.iteration)
+        samples = sample(
+            model, picked, settings.group_size, schedule, (settings.seed, state.iteration), [c for part in layout for c in part]
+        )
+        state.reward = checked(reward(samples.images, samples.prompts), name(reward), samples.prompts).unflatten(0, groups)
+        state.features = checked(encoder(samples.images), name(encoder), samples.prompts).unflatten(0, groups)
+
+        group = Group(
+            state.reward,
+            state.features,
+            state.bandwidth,
+            samples.trajectory.log_prob.T.unflatten(0, groups),
+            step_weights(schedule, settings.omega).to(state.reward),
+        )
+        state.advantages = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize)
+        pairs = method.select(group, state.advantages)
+        logs = [
+            update(model, method, schedule, samples, state.advantages.flatten(0, 1), pairs.flatten(0, 1), part, state, settings)
+            for part in layout
+        ]
+        state.iteration += 1
+        state.samples = samples
+        state.metrics = measure(state, schedule, full) | {
+            "ratio_error": logs[0]["ratio_error"],
+            "clip_fraction": sum(log["clip_fraction"] for log in logs) / len(logs),
+            "grad_norm": sum(log["grad_norm"] for log in logs) / len(logs),
+            "seconds": time.perf_counter() - began,
+        }
+        yield state
+
+
+def update(
+    model,
+    method: FlowGRPO,
+    schedule: FlowSchedule,
+    samples: Samples,
+    advantage: Tensor,
+    pair: Tensor,
+    part: list[Tensor],
+    state: State,
+    settings: Settings,
+) -> dict[str, float]:
+    """One optimiser step on the samples listed in `part`; advantage and pair are [B, S]."""
+    trajectory, total = samples.trajectory, sum(map(len, part)) * len(schedule.steps)
+    state.optimizer.zero_grad(set_to_none=True)
+    ratio_error, clipped = torch.zeros(()), torch.zeros(())
+    for rows in part:
+        conditioning = {key: value[rows] for key, value in samples.conditioning.items()}
+        for s, i in enumerate(schedule.steps):
+            x, sigma, std = trajectory.x[i, rows], schedule.sigmas[i], schedule.std[i]
+            mean = schedule.mean(x, model.velocity(x, sigma, conditioning), i)
+            reference_mean = None
+            if method.needs_reference:
+                with model.reference(), torch.no_grad():
+                    reference_mean = schedule.mean(x, model.velocity(x, sigma, conditioning), i)
+            step = Step(
+                log_prob=gaussian_log_prob(trajectory.x[i + 1, rows], mean, std),
+                old_log_prob=trajectory.log_prob[s, rows],
+                advantage=advantage[rows, s],
+                pair=pair[rows, s],
+                mean=mean,
+                old_mean=trajectory.mean[s, rows],
+                reference_mean=reference_mean,
+                std=std,
+            )
+            (method.loss(step) * (len(rows) / total)).backward()
+            with torch.no_grad():
+                ratio_error = torch.maximum(ratio_error, (step.ratio - 1).abs().max())
+                clipped = clipped + ((step.ratio < method.low) | (step.ratio > method.high)).sum()
+    norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.grad_clip)
+    if not norm.isfinite():
+        raise ValueError("the gradient is NaN or infinite; lower lr or noise_level, or raise the precision")
+    state.optimizer.step()
+    return {"ratio_error": ratio_error.item(), "clip_fraction": clipped.item() / total, "grad_norm": norm.item()}
+
+
+def name(network) -> str:
+    """How messages call a reward model or encoder."""
+    return getattr(network, "name", None) or getattr(network, "__name__", type(network).__name__)
+
+
+@torch.no_grad()
+def measure(state: State, schedule: FlowSchedule, full: FlowSchedule) -> dict[str, float]:
+    """The numbers of an iteration. Entropies are per dimension, in nats.
+
+    policy_entropy is the closed form of P01 over the full schedule, policy_entropy_mc the estimate
+    -mean log p_theta of this iteration's steps; p_max and p_min are figure 2's advantage
+    probabilities, read as the softmax of the group-normalised rewards.
+    """
+    groups = state.reward.shape
+    samples, latents = state.samples, state.samples.latents
+    probability = advantages(state.reward[..., None])[..., 0].softmax(1)
+    dim = latents[0].numel()
+    return {
+        "iteration": state.iteration,
+        "reward": state.reward.mean().item(),
+        "reward_std": state.reward.std(1).mean().item(),
+        "policy_entropy": policy_entropy(full, dim, "mean")[list(full.steps)].mean().item(),
+        "policy_entropy_mc": -samples.trajectory.log_prob.mean().item(),
+        "perceptual_entropy": perceptual_entropy(state.features, state.bandwidth, "mean").mean().item(),
+        "feature_variance": metrics.feature_variance(state.features).mean().item(),
+        "pairwise_distance": metrics.mean_pairwise_distance(state.features).mean().item(),
+        "vae_variance": metrics.feature_variance(latents.flatten(1).unflatten(0, groups)).mean().item(),
+        "pixel_variance": metrics.feature_variance(samples.images.flatten(1).unflatten(0, groups)).mean().item(),
+        "p_max": probability.amax(1).mean().item(),
+        "p_min": probability.amin(1).mean().item(),
+    }

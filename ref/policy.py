@@ -1,0 +1,107 @@
+"""A flow as a stochastic policy: Gaussian steps, their log-densities, and whole trajectories.
+
+    x_{i+1} = mu_i + s_i eps,    eps ~ N(0, I)
+    log p(x_{i+1} | x_i) = -||x_{i+1} - mu_i||^2 / (2 s_i^2) - (d/2) log(2 pi s_i^2)
+
+**Sum or mean.** Theory sums this over the d latent dimensions (`reduction="sum"`). Flow-GRPO and
+every peer average over them (`"mean"`, the training default): the PPO ratio is then the joint ratio
+to the power 1/d, which stays near 1 where d is 10^5 and the joint ratio would overflow.
+
+Latents, means and log-densities are float32 at least, and no latent is rounded after its log-density
+was taken, so recomputing a log-density with unchanged weights gives the same bits: the first update
+of an iteration has ratio exactly 1.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ref.schedule import FlowSchedule
+
+REDUCTIONS = ("sum", "mean")
+
+
+def reduce(values: Tensor, reduction: str) -> Tensor:
+    """Sum or average [B, ...] over all but the first dimension -> [B]. Raises ValueError otherwise."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    values = values.flatten(1)
+    return values.sum(1) if reduction == "sum" else values.mean(1)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor | float, reduction: str = "mean") -> Tensor:
+    """log N(x; mean, std^2 I) in nats, [B] for x and mean [B, ...], std a positive scalar.
+
+    reduction "sum" is the joint log-density, "mean" is that divided by the dimension d.
+    """
+    std = torch.as_tensor(std, dtype=torch.promote_types(mean.dtype, torch.float32), device=mean.device)
+    z = (x - mean) / std
+    return reduce(-0.5 * (z.square() + math.log(2 * math.pi)) - std.log(), reduction)
+
+
+def sde_step(
+    schedule: FlowSchedule,
+    x: Tensor,
+    velocity: Tensor,
+    i: int,
+    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of the policy: (x_{i+1}, mu_i), both [B, ...]. Deterministic steps return (mu_i, mu_i).
+
+    The noise is `eps` [B, ...] where it is given, else drawn from `generator`.
+    """
+    mean = schedule.mean(x, velocity, i)
+    if i not in schedule.steps:
+        return mean, mean
+    if eps is None:
+        device = mean.device if generator is None else generator.device
+        eps = torch.randn(mean.shape, dtype=mean.dtype, device=device, generator=generator).to(mean.device)
+    return mean + schedule.std[i] * eps, mean
+
+
+@dataclass
+class Trajectory:
+    """What a rollout leaves behind. S is the number of stochastic steps, listed in `steps`.
+
+    x         [N+1, B, ...]  states from noise x[0] to image latents x[-1]
+    mean      [S, B, ...]    mu_i of the stochastic steps at sampling time
+    log_prob  [S, B]         log p(x_{i+1} | x_i) at sampling time, reduced as asked
+    """
+
+    x: Tensor
+    mean: Tensor
+    log_prob: Tensor
+    steps: tuple[int, ...]
+
+
+@torch.no_grad()
+def rollout(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    schedule: FlowSchedule,
+    noise: Tensor,
+    generator: torch.Generator | None = None,
+    reduction: str = "mean",
+    eps: Tensor | None = None,
+) -> Trajectory:
+    """Sample the policy from x_0 = noise [B, ...] to x_N. `velocity(x, sigma)` gets a 0-d sigma.
+
+    The steps' noise is `eps` [N, B, ...] where it is given, else drawn from `generator`.
+    """
+    x, states, means, log_probs = noise, [noise], [], []
+    for i in range(len(schedule)):
+        x, mean = sde_step(schedule, x, velocity(x, schedule.sigmas[i]), i, generator, None if eps is None else eps[i])
+        states.append(x)
+        if i in schedule.steps:
+            means.append(mean)
+            log_probs.append(gaussian_log_prob(x, mean, schedule.std[i], reduction))
+    empty = noise.new_empty(0)
+    return Trajectory(
+        torch.stack(states),
+        torch.stack(means) if means else empty,
+        torch.stack(log_probs) if log_probs else empty,
+        schedule.steps,
+    )
