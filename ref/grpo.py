@@ -20,6 +20,7 @@ exactly 0; the group's noise is drawn per group.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from ref.schedule import FlowSchedule
 
 @dataclass
 class Settings:
-    """Everything that decides a run besides model, reward, encoder and method. The defaults are digits'."""
+    """Everything that decides a run besides model, reward, encoder and method."""
 
     iterations: int = 100  # optimisation rounds
     groups: int = 10  # G, prompts an iteration
@@ -49,6 +50,7 @@ class Settings:
     noise_level: float = 0.7  # eta of the kernel
     window: int | None = None  # train only this many consecutive steps, placed anew each iteration
     lr: float = 3e-4  # AdamW's learning rate
+    lr_schedule: str = "constant"  # constant, or cosine: falling to 0 at the last iteration
     clip: float = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
     advantage_clip: float = 5.0  # advantages are clipped to +- this
     std_normalize: bool = True  # divide advantages by the group's standard deviation
@@ -65,9 +67,12 @@ class Settings:
         if self.updates > self.groups:
             raise ValueError(f"updates ({self.updates}) cannot exceed groups ({self.groups}): each takes whole groups")
         if self.window is not None and not 1 <= self.window <= self.steps - 1:
-            raise ValueError(f"window must lie in 1..{self.steps - 1} (the last step is deterministic), got {self.window}")
-        if self.omega not in ("uniform", "variance"):
-            raise ValueError(f"omega must be 'uniform' or 'variance', got {self.omega!r}")
+            raise ValueError(
+                f"window must lie in 1..{self.steps - 1} (the last step is deterministic), got {self.window}"
+            )
+        for name, choices in dict(omega=("uniform", "variance"), lr_schedule=("constant", "cosine")).items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
 
 
 @dataclass
@@ -138,7 +143,9 @@ def pick_prompts(prompts: list[str], settings: Settings, iteration: int) -> list
     for n in range(first, first + settings.groups):
         epoch, place = divmod(n, len(prompts))
         if epoch not in shuffled:
-            shuffled[epoch] = torch.randperm(len(prompts), generator=generator_for(settings.seed, "epoch", epoch)).tolist()
+            shuffled[epoch] = torch.randperm(
+                len(prompts), generator=generator_for(settings.seed, "epoch", epoch)
+            ).tolist()
         picked.append(prompts[shuffled[epoch][place]])
     return picked
 
@@ -165,10 +172,8 @@ def sample(
         parts.append(
             rollout(lambda x, sigma: model.velocity(x, sigma, part), schedule, noise[0, rows], eps=noise[1:, rows])
         )
-    join = {name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("x", "mean", "log_prob")} if (
-        schedule.steps
-    ) else {"x": torch.cat([p.x for p in parts], dim=1), "mean": parts[0].mean, "log_prob": parts[0].log_prob}
-    trajectory = Trajectory(**join, steps=schedule.steps)
+    x, mean, log_prob = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("x", "mean", "log_prob"))
+    trajectory = Trajectory(x, mean, log_prob, schedule.steps)
     return Samples(repeated, conditioning, trajectory, model.decode(trajectory.x[-1]))
 
 
@@ -195,6 +200,21 @@ def step_weights(schedule: FlowSchedule, omega: str) -> Tensor:
     return variance / variance.mean() if omega == "variance" else torch.ones_like(variance)
 
 
+def learning_rate(settings: Settings, iteration: int) -> float:
+    """The optimiser's learning rate in the given iteration, counted from 0."""
+    falls = settings.lr_schedule == "cosine"
+    return settings.lr * (0.5 + 0.5 * math.cos(math.pi * iteration / settings.iterations) if falls else 1)
+
+
+def calibrate_on(model, prompts: list[str], encoder: Callable[[Tensor], Tensor], settings: Settings) -> float:
+    """The bandwidth h from one round of the policy's samples, to be called before anything is trained."""
+    schedule = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
+    picked = pick_prompts(prompts, settings, 0)
+    samples = sample(model, picked, settings.group_size, schedule, (settings.seed, "calibrate"))
+    features = checked(encoder(samples.images), name(encoder), samples.prompts)
+    return calibrate(features.unflatten(0, (len(picked), settings.group_size)))
+
+
 def train(
     model,
     prompts: list[str],
@@ -214,9 +234,8 @@ def train(
     layout = chunks(settings.groups, settings.group_size, settings.updates, settings.micro_batch)
     groups = (settings.groups, settings.group_size)
 
-    if state.bandwidth is None:  # calibrated on the base model: nothing has been trained yet
-        base = sample(model, pick_prompts(prompts, settings, 0), settings.group_size, full, (settings.seed, "calibrate"))
-        state.bandwidth = calibrate(checked(encoder(base.images), name(encoder), base.prompts).unflatten(0, groups))
+    if state.bandwidth is None:
+        state.bandwidth = calibrate_on(model, prompts, encoder, settings)
 
     while state.iteration < settings.iterations:
         began, schedule = time.perf_counter(), full
@@ -228,9 +247,16 @@ def train(
 
         picked = pick_prompts(prompts, settings, state.iteration)
         samples = sample(
-            model, picked, settings.group_size, schedule, (settings.seed, state.iteration), [c for part in layout for c in part]
+            model,
+            picked,
+            settings.group_size,
+            schedule,
+            (settings.seed, state.iteration),
+            [c for part in layout for c in part],
         )
-        state.reward = checked(reward(samples.images, samples.prompts), name(reward), samples.prompts).unflatten(0, groups)
+        state.reward = checked(reward(samples.images, samples.prompts), name(reward), samples.prompts).unflatten(
+            0, groups
+        )
         state.features = checked(encoder(samples.images), name(encoder), samples.prompts).unflatten(0, groups)
 
         group = Group(
@@ -242,8 +268,20 @@ def train(
         )
         state.advantages = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize)
         pairs = method.select(group, state.advantages)
+        for parameters in state.optimizer.param_groups:
+            parameters["lr"] = learning_rate(settings, state.iteration)
         logs = [
-            update(model, method, schedule, samples, state.advantages.flatten(0, 1), pairs.flatten(0, 1), part, state, settings)
+            update(
+                model,
+                method,
+                schedule,
+                samples,
+                state.advantages.flatten(0, 1),
+                pairs.flatten(0, 1),
+                part,
+                state,
+                settings,
+            )
             for part in layout
         ]
         state.iteration += 1

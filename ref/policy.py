@@ -98,10 +98,9 @@ def rollout(
         if i in schedule.steps:
             means.append(mean)
             log_probs.append(gaussian_log_prob(x, mean, schedule.std[i], reduction))
-    empty = noise.new_empty(0)
     return Trajectory(
         torch.stack(states),
-        torch.stack(means) if means else empty,
-        torch.stack(log_probs) if log_probs else empty,
+        torch.stack(means) if means else x.new_empty(0, *x.shape),
+        torch.stack(log_probs) if log_probs else x.new_empty(0, len(x)),
         schedule.steps,
     )
