@@ -40,12 +40,13 @@ def drift(
     group_size: int,
     std_normalize: bool = True,
 ) -> float:
-    """The expected update of the better mode's probability p, up to a positive factor."""
+    """The expected update of the better mode's probability 0 < p < 1, up to a positive factor."""
     K, total = group_size, 0.0
     for j in range(1, K):
         q, g = j / K, gap(j, weight, reward_gap, feature_distance, bandwidth, K)
         w = 1 / (abs(g) * math.sqrt(q * (1 - q) * K / (K - 1)) + 1e-4) if std_normalize else 1
-        total += math.comb(K, j) * p**j * (1 - p) ** (K - j) * g * q * (1 - q) * w
+        log_choose = math.lgamma(K + 1) - math.lgamma(j + 1) - math.lgamma(K - j + 1)
+        total += math.exp(log_choose + j * math.log(p) + (K - j) * math.log1p(-p)) * g * q * (1 - q) * w
     return total
 
 

@@ -32,11 +32,13 @@ worlds = dict(
 def implemented_drift(p, weight, gap, distance, h, K, std_normalize):
     """E[sum over samples of advantage * d log p / dp] p (1 - p) / K, over all K + 1 kinds of group."""
     better = torch.arange(K) < torch.arange(K + 1)[:, None]  # group j has j samples in A
-    phi = (better * distance).double()[..., None]
-    reward = (better * gap).double()
-    shaped = METHODS["pec"](weight).shape(Group(reward, phi, h, torch.zeros(K + 1, K, 1), torch.ones(1)))
-    A = advantages(shaped.double(), std_normalize=std_normalize)[..., 0]
-    score = torch.where(better, 1 - p, -p)  # d log p / dp, times p (1 - p)
+    phi = (better.double() * distance)[..., None]
+    reward = better.double() * gap
+    shaped = METHODS["pec"](weight).shape(
+        Group(reward, phi, h, torch.zeros(K + 1, K, 1).double(), torch.ones(1).double())
+    )
+    A = advantages(shaped, clip=math.inf, std_normalize=std_normalize)[..., 0]
+    score = better.double() - p  # d log p / dp, times p (1 - p)
     probability = torch.from_numpy(scipy.stats.binom(K, p).pmf(range(K + 1)))
     return (probability * (A * score).sum(1)).sum().item() / K
 
@@ -138,10 +140,14 @@ def test_p11_sampled_groups(std_normalize):
     def z(p):
         better = torch.rand(groups, K, generator=generator, dtype=torch.float64) < p
         group = Group(
-            better * gap, (better * distance)[..., None], h, torch.zeros(groups, K, 1).double(), torch.ones(1).double()
+            better.double() * gap,
+            (better.double() * distance)[..., None],
+            h,
+            torch.zeros(groups, K, 1).double(),
+            torch.ones(1).double(),
         )
         A = advantages(METHODS["pec"](weight).shape(group), std_normalize=std_normalize)[..., 0]
-        update = (A * torch.where(better, 1 - p, -p)).mean(1)
+        update = (A * (better.double() - p)).mean(1)
         return (update.mean() / (update.std() / math.sqrt(groups))).abs().item()
 
     assert z(two_modes.fixed_point(weight, gap, distance, h, K, std_normalize)) < Z
