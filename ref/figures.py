@@ -170,3 +170,95 @@ def reward_diversity_front(points: dict[str, list[tuple[str, list[float], list[f
     axis.set(xlabel="feature variance, relative to the base model", ylabel="reward")
     axis.legend(frameon=False, loc="lower left")
     return figure
+
+
+def rivers(flows: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], modes: Tensor | None = None) -> Figure:
+    """One-dimensional flows from noise (left) to data (right): the density as a river, paths on it.
+
+    flows: title -> (sigmas [N+1], paths [N+1, n], grid [Y], density [N+1, Y]). Paths take the colour of the
+    nearest of `modes` [M] at their end.
+    """
+    figure, axes = panels(1, len(flows), width=4.6, height=3.4, sharey=True, squeeze=False)
+    colors = ["#c44e52", "#4c72b0", "#55a868", "#8172b3", "#dd8452", "#937860"]
+    for axis, (title, (sigmas, paths, grid, density)) in zip(axes[0], flows.items()):
+        time = (1 - sigmas).tolist()
+        peak = density / density.amax(1, keepdim=True)
+        axis.pcolormesh(time, grid, peak.T, cmap="Greys", vmin=0, vmax=1.6, shading="gouraud", rasterized=True)
+        ends = paths[-1]
+        nearest = (ends[:, None] - modes).abs().argmin(1) if modes is not None else ends.new_zeros(len(ends)).long()
+        for path, m in zip(paths.T, nearest.tolist()):
+            axis.plot(time, path, color=colors[m % len(colors)], lw=0.9, alpha=0.75)
+        axis.set(title=title, xlabel="$1-\\sigma$  (noise $\\to$ data)", xlim=(time[0], time[-1]), ylim=(grid[0], grid[-1]))
+    axes[0, 0].set_ylabel("$x$")
+    return figure
+
+
+def entropy_ledger(
+    iterations: list[int], image: list[float], path: list[float], total: float, estimate: tuple | None = None
+) -> Figure:
+    """P02 as a ledger: nats in the image's law, nats in the path given the image; their sum cannot move.
+
+    image, path: H(x_{N-1}) and H(path | x_{N-1}) at `iterations`; total: the closed form; estimate: kNN's
+    (iterations, values) of the first. Only the boundary's *shift* means something: differential entropies
+    have no natural zero, so the axis starts below the smallest image entropy.
+    """
+    figure, axis = panels(1, 1, width=6.4, height=3.8)
+    floor = min(0.0, min(image) - 0.3)
+    axis.fill_between(iterations, [floor] * len(image), image, color="#c44e52", alpha=0.75, lw=0)
+    axis.fill_between(iterations, image, [a + b for a, b in zip(image, path)], color="#4c72b0", alpha=0.55, lw=0)
+    axis.axhline(total, color="black", lw=2)
+    axis.annotate(
+        "path entropy, closed form: no $\\theta$ in it", (iterations[0], total), xytext=(6, 6), textcoords="offset points"
+    )
+    middle = len(iterations) * 2 // 3
+    axis.text(iterations[middle], (floor + image[middle]) / 2, "which image", ha="center", va="center", color="white")
+    axis.text(iterations[middle], (total + image[middle]) / 2, "which path to it", ha="center", va="center", color="white")
+    if estimate is not None:
+        axis.plot(*estimate, "o", ms=4, color="black", mfc="white", label="kNN estimate from samples")
+        axis.legend(frameon=False, loc="lower left")
+    axis.set(xlabel="iteration", ylabel="nats", ylim=(floor, total + 0.12 * (total - floor)), xlim=(iterations[0], iterations[-1]))
+    return figure
+
+
+def modes_dying(
+    snapshots: dict[int, Tensor], centres: Tensor, reward: Tensor, trained: Tensor, theory: Tensor | None = None
+) -> Figure:
+    """Where modes die: samples [n, 2] at some iterations, and the share of every mode over training.
+
+    centres [M, 2], reward [M]; trained [T, M] occupancies, theory [T, M] the replicator's at equal mean reward.
+    Modes are coloured by reward, dark for poor and bright for rich.
+    """
+    from matplotlib import colormaps
+
+    palette = colormaps["viridis"]((reward - reward.min()) / (reward.max() - reward.min()).clamp_min(1e-9))
+    figure = panels(1, 1)[0]
+    figure.clear()
+    figure.set_size_inches(11, 5.6)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+    limit = 1.5 * centres.abs().max().item()
+    for axis, (iteration, x) in zip(top.subplots(1, len(snapshots)), snapshots.items()):
+        nearest = (x[:, None] - centres).square().sum(-1).argmin(1)
+        axis.scatter(*x.T, s=5, c=palette[nearest.numpy()], alpha=0.7, lw=0)
+        axis.scatter(*centres.T, marker="+", color="black", s=30, lw=0.8)
+        for c, r in zip(1.38 * centres, reward):
+            axis.text(*c, f"{r:.1f}", ha="center", va="center", fontsize=8, color="#555555")
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal", title=f"iteration {iteration}")
+        axis.spines[:].set_visible(False)
+    shares = {"trained: share of each mode": trained} | ({} if theory is None else {"replicator at equal E[R]": theory})
+    for axis, (title, share) in zip(bottom.subplots(1, len(shares), sharey=True, squeeze=False)[0], shares.items()):
+        order = reward.argsort()
+        axis.stackplot(range(1, len(share) + 1), share[:, order].T, colors=palette[order.numpy()], lw=0)
+        axis.set(title=title, xlabel="iteration", xlim=(1, len(share)), ylim=(0, 1))
+    return figure
+
+
+def modes_left(runs: dict[str, list[list[float]]], modes: int) -> Figure:
+    """Effective number of modes over training; each label holds one curve a seed."""
+    figure, axis = panels(1, 1, width=5.2, height=3.2)
+    for (label, curves), color in zip(runs.items(), ("#4c72b0", "#c44e52", "#55a868", "#8172b3")):
+        for n, values in enumerate(curves):
+            curve(axis, values, color, label if n == 0 else None)
+    axis.axhline(modes, color="#7f7f7f", lw=0.8, ls=":")
+    axis.set(xlabel="iteration", ylabel="effective modes", ylim=(0.8, 1.12 * modes))
+    axis.legend(frameon=False)
+    return figure
