@@ -188,7 +188,9 @@ def rivers(flows: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], modes: Tenso
         nearest = (ends[:, None] - modes).abs().argmin(1) if modes is not None else ends.new_zeros(len(ends)).long()
         for path, m in zip(paths.T, nearest.tolist()):
             axis.plot(time, path, color=colors[m % len(colors)], lw=0.9, alpha=0.75)
-        axis.set(title=title, xlabel="$1-\\sigma$  (noise $\\to$ data)", xlim=(time[0], time[-1]), ylim=(grid[0], grid[-1]))
+        axis.set(
+            title=title, xlabel="$1-\\sigma$  (noise $\\to$ data)", xlim=(time[0], time[-1]), ylim=(grid[0], grid[-1])
+        )
     axes[0, 0].set_ylabel("$x$")
     return figure
 
@@ -208,15 +210,25 @@ def entropy_ledger(
     axis.fill_between(iterations, image, [a + b for a, b in zip(image, path)], color="#4c72b0", alpha=0.55, lw=0)
     axis.axhline(total, color="black", lw=2)
     axis.annotate(
-        "path entropy, closed form: no $\\theta$ in it", (iterations[0], total), xytext=(6, 6), textcoords="offset points"
+        "path entropy, closed form: no $\\theta$ in it",
+        (iterations[0], total),
+        xytext=(6, 6),
+        textcoords="offset points",
     )
     middle = len(iterations) * 2 // 3
     axis.text(iterations[middle], (floor + image[middle]) / 2, "which image", ha="center", va="center", color="white")
-    axis.text(iterations[middle], (total + image[middle]) / 2, "which path to it", ha="center", va="center", color="white")
+    axis.text(
+        iterations[middle], (total + image[middle]) / 2, "which path to it", ha="center", va="center", color="white"
+    )
     if estimate is not None:
         axis.plot(*estimate, "o", ms=4, color="black", mfc="white", label="kNN estimate from samples")
         axis.legend(frameon=False, loc="lower left")
-    axis.set(xlabel="iteration", ylabel="nats", ylim=(floor, total + 0.12 * (total - floor)), xlim=(iterations[0], iterations[-1]))
+    axis.set(
+        xlabel="iteration",
+        ylabel="nats",
+        ylim=(floor, total + 0.12 * (total - floor)),
+        xlim=(iterations[0], iterations[-1]),
+    )
     return figure
 
 
@@ -242,7 +254,14 @@ def modes_dying(
         axis.scatter(*centres.T, marker="+", color="black", s=30, lw=0.8)
         for c, r in zip(1.38 * centres, reward):
             axis.text(*c, f"{r:.1f}", ha="center", va="center", fontsize=8, color="#555555")
-        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal", title=f"iteration {iteration}")
+        axis.set(
+            xlim=(-limit, limit),
+            ylim=(-limit, limit),
+            xticks=[],
+            yticks=[],
+            aspect="equal",
+            title=f"iteration {iteration}",
+        )
         axis.spines[:].set_visible(False)
     shares = {"trained: share of each mode": trained} | ({} if theory is None else {"replicator at equal E[R]": theory})
     for axis, (title, share) in zip(bottom.subplots(1, len(shares), sharey=True, squeeze=False)[0], shares.items()):
@@ -261,4 +280,138 @@ def modes_left(runs: dict[str, list[list[float]]], modes: int) -> Figure:
     axis.axhline(modes, color="#7f7f7f", lw=0.8, ls=":")
     axis.set(xlabel="iteration", ylabel="effective modes", ylim=(0.8, 1.12 * modes))
     axis.legend(frameon=False)
+    return figure
+
+
+# ---------------------------------------------------------------- perceptual entropy, PEC and PCVAE
+
+
+def perceptual_gaussian(groups: dict[str, Tensor], bandwidth: float) -> Figure:
+    """What H_perc sees: each labelled group [K, 2] with its mean, its root-mean-square circle, and the ruler h."""
+    from ref.perceptual import deviations, perceptual_entropy
+
+    figure, axes = panels(1, len(groups), width=3.0, height=3.4, sharex=True, sharey=True)
+    for axis, (label, phi) in zip(axes, groups.items()):
+        mean, v = phi.mean(0), deviations(phi[None]).square().sum(-1).mean().item()
+        H = perceptual_entropy(phi[None], bandwidth, "mean").item()
+        circle(axis, mean, v**0.5, color="#4c72b0", lw=2, label="spread $\\sqrt{v}$")
+        circle(axis, mean, bandwidth * 2**0.5, color="#7f7f7f", lw=1.2, ls="--", label="ruler $h\\sqrt{D}$")
+        axis.scatter(*phi.T, s=16, color="#c44e52", alpha=0.7, lw=0)
+        axis.scatter(*mean, s=90, marker="+", color="black", label="group mean")
+        axis.set(
+            title=f"{label}\n$v$ = {v:.2f},  $\\mathcal{{H}}_{{perc}}$ = {H:.2f}", aspect="equal", xticks=[], yticks=[]
+        )
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    return figure
+
+
+def circle(axis, centre: Tensor, radius: float, **style) -> None:
+    """A circle in data coordinates."""
+    import numpy as np
+
+    angle = np.linspace(0, 2 * np.pi, 200)
+    axis.plot(float(centre[0]) + radius * np.cos(angle), float(centre[1]) + radius * np.sin(angle), **style)
+
+
+def entropy_law(histories: list[list[dict]], block: int = 20, draws: int = 400, title: str = "", exact=None) -> Figure:
+    """Figure 3: (a) reward and H_perc over training, (b) the law R = -a exp(H) + b with R^2 and a 95 % band.
+
+    One history a seed; the fit pools them. Points of one run are correlated, so the band is a bootstrap over
+    blocks of `block` consecutive iterations. `exact` (H [n], R [n]) is drawn as a dotted theory curve.
+    """
+    import numpy as np
+    import torch
+
+    from ref.perceptual import fit_entropy_law
+
+    H, R = ([torch.tensor([m[key] for m in run]) for run in histories] for key in ("perceptual_entropy", "reward"))
+    figure, (left, right) = panels(1, 2, width=4.3, height=3.2)
+    twin = left.twinx()
+    curve(left, torch.stack(R).mean(0).tolist(), "#4c72b0")
+    curve(twin, torch.stack(H).mean(0).tolist(), "#c44e52")
+    left.set_xlabel("iteration")
+    left.set_ylabel("reward", color="#4c72b0")
+    twin.set_ylabel("$\\mathcal{H}_{perc}$, nats per dimension", color="#c44e52")
+    left.set_title(f"(a) {title}".strip())
+
+    law = fit_entropy_law(torch.cat(H), torch.cat(R))
+    grid = torch.linspace(min(h.min() for h in H).item(), max(h.max() for h in H).item(), 100)
+    pieces = [(h, r) for hs, rs in zip(H, R) for h, r in zip(hs.split(block), rs.split(block))]
+    generator, fits = np.random.default_rng(0), []
+    for _ in range(draws):
+        h, r = zip(*(pieces[i] for i in generator.integers(len(pieces), size=len(pieces))))
+        fits.append(fit_entropy_law(torch.cat(h), torch.cat(r))(grid))
+    low, high = np.quantile(torch.stack(fits).numpy(), [0.025, 0.975], axis=0)
+    right.scatter(torch.cat(H).exp(), torch.cat(R), s=7, color="#4c72b0", alpha=0.3, lw=0)
+    right.fill_between(grid.exp(), low, high, color="#c44e52", alpha=0.25, lw=0, label="95 % band")
+    right.plot(grid.exp(), law(grid), color="#c44e52", lw=2, label="fit")
+    if exact is not None:
+        right.plot(exact[0].exp(), exact[1], color="black", ls=":", lw=1.8, label="exact, replicator")
+    right.set(xlabel="$\\exp(\\mathcal{H}_{perc})$", ylabel="reward")
+    right.set_title(f"(b) $R = {-law.a:.2f}\\,\\exp(\\mathcal{{H}}_{{perc}}) {law.b:+.2f}$,  $R^2$ = {law.r2:.3f}")
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def kl_comparison(naive: list[dict], as_reward: list[dict], without: list[dict]) -> Figure:
+    """Figure 4: (a) reward and H_perc under the naive KL and the KL as reward, (b) the entropies with and without."""
+    figure, (reward, entropy, both) = panels(1, 3, width=3.7, height=3.0, sharex=True)
+    runs = {"naive_kl": (naive, "naive KL"), "pcvae": (as_reward, "KL as reward")}
+    for key, (history, label) in runs.items():
+        curve(reward, [m["reward"] for m in history], COLORS[key], label)
+        curve(entropy, [m["perceptual_entropy"] for m in history], COLORS[key], label)
+    reward.set(title="(a) reward", xlabel="iteration")
+    entropy.set(title="(a) perceptual entropy $\\mathcal{H}_{perc}$", xlabel="iteration")
+    lines = (
+        (without, "policy_entropy", "#4c72b0", "policy $\\mathcal{H}$"),
+        (without, "perceptual_entropy", COLORS["flow_grpo"], "$\\mathcal{H}_{perc}$ without PCVAE"),
+        (as_reward, "perceptual_entropy", COLORS["pcvae"], "$\\mathcal{H}_{perc}$ with PCVAE"),
+    )
+    for history, key, color, label in lines:
+        curve(both, [m[key] - history[0][key] for m in history], color, label)
+    both.set(title="(b) entropy less its start", xlabel="iteration")
+    for axis in (reward, entropy, both):
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def critical_lambda_curve(
+    measured: dict[float, list[float]],
+    predicted: tuple[list[float], list[float]],
+    critical: float,
+    tolerance: float = 0.03,
+) -> Figure:
+    """P11: the better mode's share p* over lambda. measured: a list of seeds for each lambda; predicted: (lambdas, p*)."""
+    figure, axis = panels(1, 1, width=6.0, height=3.8)
+    low = min(predicted[0])
+    axis.axvspan(low, critical, color="#c44e52", alpha=0.10, lw=0)
+    axis.axvline(critical, color="#c44e52", lw=1)
+    axis.text(critical, 0.52, f"  $\\lambda_c$ = {critical:.3f}", color="#c44e52")
+    axis.text((low + critical) / 2, 0.62, "one mode\ndies", ha="center", color="#c44e52")
+    axis.text((critical + max(predicted[0])) / 2, 0.87, "both modes live", ha="center", color="#4c72b0")
+    band = [[p + s * tolerance for p in predicted[1]] for s in (-1, 1)]
+    axis.fill_between(predicted[0], *band, color="#4c72b0", alpha=0.15, lw=0, label=f"±{tolerance}")
+    axis.plot(*predicted, color="#4c72b0", lw=2, label="predicted $p^*$ (P11)")
+    for weight, shares in measured.items():
+        axis.scatter([weight] * len(shares), shares, s=26, color="black", alpha=0.55, lw=0, zorder=3)
+    axis.scatter([], [], s=26, color="black", alpha=0.55, lw=0, label="trained flows, one dot a seed")
+    axis.set(xlabel="PEC weight $\\lambda$", ylabel="share of the better mode", ylim=(0.48, 1.03))
+    axis.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.82))
+    return figure
+
+
+def particles(clouds: dict[str, Tensor], centres: Tensor, value: Tensor | None = None, limit: float = 3.0) -> Figure:
+    """Samples [n, 2] of several labelled models over the modes' centres [M, 2], each ring as dark as its reward."""
+    import numpy as np
+
+    figure, axes = panels(1, len(clouds), width=2.9, height=3.3, sharex=True, sharey=True, squeeze=False)
+    value = None if value is None else ((value - value.min()) / (value.max() - value.min())).numpy()
+    for axis, (label, x) in zip(axes[0], clouds.items()):
+        shade = "0.6" if value is None else [str(s) for s in 0.75 - 0.75 * value]
+        axis.scatter(*centres.T, s=520, facecolor="none", edgecolor=shade, lw=1.6)
+        x = x.detach().cpu().numpy()
+        keep = np.abs(x).max(1) < limit
+        axis.scatter(*x[keep].T, s=4, color="#c44e52", alpha=0.35, lw=0)
+        axis.set(title=label, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     return figure
