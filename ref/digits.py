@@ -131,7 +131,7 @@ def slant_scale() -> tuple[Tensor, Tensor]:
     """(q_c, tau_c), both [10]: the reward's threshold and softness for each digit, from the data."""
     images, labels = data()
     per_class = [slant(images[labels == c]) for c in range(10)]
-    return torch.stack([s.median() for s in per_class]), torch.stack([s.std() / 4 for s in per_class])
+    return torch.stack([s.median() for s in per_class]), torch.stack([s.std() / 8 for s in per_class])
 
 
 class SlantReward(nn.Module):

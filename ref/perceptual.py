@@ -39,9 +39,7 @@ def deviations(phi: Tensor, leave_one_out: bool = False) -> Tensor:
     return (phi - phi.mean(1, keepdim=True)) * (K / (K - 1) if leave_one_out else 1)
 
 
-def perceptual_log_prob(
-    phi: Tensor, bandwidth: float, reduction: str = "sum", leave_one_out: bool = False
-) -> Tensor:
+def perceptual_log_prob(phi: Tensor, bandwidth: float, reduction: str = "sum", leave_one_out: bool = False) -> Tensor:
     """log p_perc of every sample under its own group, phi [G, K, D] -> [G, K]."""
     D = phi.shape[-1]
     squared = deviations(phi, leave_one_out).square().sum(-1)

@@ -98,8 +98,15 @@ class SD3(nn.Module):
             )
 
     def save(self, folder: Path | str) -> None:
-        """Write the LoRA as diffusers does, for `StableDiffusion3Pipeline.load_lora_weights(folder)`."""
-        self.transformer.save_lora_adapter(str(folder))
+        """Write the LoRA so that `StableDiffusion3Pipeline.load_lora_weights(folder)` of stock diffusers reads it."""
+        from diffusers import StableDiffusion3Pipeline
+        from peft import get_peft_model_state_dict
+
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+            transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
+        )
 
     @contextmanager
     def reference(self):

@@ -27,7 +27,7 @@ from typing import get_type_hints
 import torch
 
 from ref import checkpoint, metrics
-from ref.grpo import Samples, Settings, State, calibrate_on, sample, start, train
+from ref.grpo import Samples, Settings, calibrate_on, sample, start, train
 from ref.methods import METHODS
 from ref.perceptual import perceptual_entropy
 
@@ -53,7 +53,10 @@ def digits() -> Task:
 
 
 PRESETS = {
-    "digits": (digits, Settings(iterations=100, group_size=12, window=4, lr=3e-3, clip=1e-2)),
+    "digits": (
+        digits,
+        Settings(iterations=100, groups=5, group_size=24, window=4, lr=4e-3, lr_schedule="cosine", clip=1e-2),
+    ),
 }
 
 
@@ -108,7 +111,10 @@ def run(
     save_every: int = 20,
     progress: bool = True,
 ) -> dict:
-    """Train, save and evaluate one run. Returns {"base", "final", "history", "seconds"}.
+    """Train, save and evaluate one run.
+
+    Returns "base" and "final" (numbers of `evaluate`), "history" (`State.metrics` of every iteration),
+    "seconds" (training), "base_images" and "images" (those of `evaluate`, prompt by prompt).
 
     Raises ValueError with one clear line for an unknown preset or method, a bad setting, or a directory
     that holds another run.
@@ -133,30 +139,26 @@ def run(
     task = build()
     state, history = start(task.model, settings), []
     state.bandwidth = calibrate_on(task.model, task.prompts, task.encoder, settings)
-    base, _ = evaluate(task, settings, state.bandwidth)
+    base, before = evaluate(task, settings, state.bandwidth)
     saved = checkpoint.load_latest(folder) if resume else None
     if saved is not None:
         state.load_state_dict(saved)
         history = saved["history"]
 
-    def save(state: State) -> None:
-        checkpoint.save(folder, state.state_dict() | {"history": history})
-        write_json(folder / "metrics.json", history)
-
-    bar = tqdm(total=settings.iterations, initial=state.iteration, desc=f"{method:>12}", disable=not progress)
-    for state in train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state):
+    loop = train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state)
+    bar = tqdm(loop, f"{method:>12}", settings.iterations, initial=state.iteration, disable=not progress)
+    for state in bar:
         history.append(state.metrics)
-        bar.update()
         bar.set_postfix(reward=f"{state.metrics['reward']:.3f}", variance=f"{state.metrics['feature_variance']:.3f}")
         if state.iteration % save_every == 0 or state.iteration == settings.iterations:
-            save(state)
-    bar.close()
+            checkpoint.save(folder, state.state_dict() | {"history": history})
+            write_json(folder / "metrics.json", history)
 
-    final, _ = evaluate(task, settings, state.bandwidth)
+    final, after = evaluate(task, settings, state.bandwidth)
     task.model.save(folder / "lora")
     result = {"base": base, "final": final, "seconds": sum(m["seconds"] for m in history)}
     write_json(folder / "evaluation.json", result)
-    return result | {"history": history}
+    return result | {"history": history, "base_images": before.images, "images": after.images}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

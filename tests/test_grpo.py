@@ -96,14 +96,13 @@ def test_entropy_gradient_is_exactly_zero_while_the_means_gradient_is_not():
     weights = list(trainable(model).values())
     for i in schedule.steps:
         mean = schedule.mean(x, model.velocity(x, schedule.sigmas[i], model.encode(PROMPTS[:3])), i)
-        # entropy of the kernel as a functional of its mean, by quadrature-free algebra: E[-log N] at fixed noise
+        # the kernel's entropy by reparametrisation, E[-log p(mu + s eps)]: theta enters twice and must cancel
         eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
         entropy = -gaussian_log_prob(mean + schedule.std[i] * eps, mean, schedule.std[i], "sum").sum()
         gradient = torch.autograd.grad(entropy, weights, retain_graph=True, allow_unused=True)
         scale = torch.autograd.grad(mean.square().sum(), weights, allow_unused=True)
-        largest = max(g.abs().max() for g in scale if g is not None)
-        assert largest > 1e-3
-        assert all(g is None or g.abs().max() <= 1e-5 * largest for g in gradient)
+        assert max(g.abs().max() for g in scale if g is not None) > 1e-3
+        assert all(g is None or (g == 0).all() for g in gradient)
 
 
 def test_lora_starts_at_the_base_model_and_reference_switches_it_off():

@@ -1,0 +1,186 @@
+"""The command, end to end on the digits: what it writes, how it resumes, what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ref import checkpoint, digits
+from ref.__main__ import main as story
+from ref.train import PRESETS, main, run
+
+TINY = dict(iterations=4, groups=3, group_size=2, updates=1, steps=3, window=1)
+SETTINGS = dataclasses.replace(PRESETS["digits"][1], **TINY)
+FLAGS = [flag for name, value in TINY.items() for flag in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def command(folder, *extra, method="pec", preset="digits"):
+    return ["--preset", preset, "--method", method, "--output-dir", str(folder), *FLAGS, *extra]
+
+
+def same(a, b):
+    """Nested equality to the last bit, wall-clock times aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(command(folder, "--save-every", "1")) == 0
+    return folder
+
+
+def test_a_run_leaves_what_its_docstring_lists(finished):
+    assert json.loads((finished / "run.json").read_text())["settings"]["group_size"] == 2
+    history = json.loads((finished / "metrics.json").read_text())
+    assert [m["iteration"] for m in history] == [1, 2, 3, 4]
+    assert len({m["policy_entropy"] for m in history}) == 1
+    result = json.loads((finished / "evaluation.json").read_text())
+    assert result["base"].keys() == result["final"].keys() and "legibility" in result["final"]
+    assert [p.name for p in checkpoint.checkpoints(finished)] == ["checkpoint-00000004.pt", "checkpoint-00000003.pt"]
+
+
+def test_killed_and_resumed_ends_bit_for_bit_as_the_uninterrupted_run(finished, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ref.train", *command(tmp_path, "--save-every", "1")],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not checkpoint.checkpoints(tmp_path) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = checkpoint.load_latest(tmp_path)["iteration"]
+    assert 1 <= reached <= 4
+    if reached == 4:  # the machine was faster than the kill: go back to an earlier checkpoint
+        checkpoint.checkpoints(tmp_path)[0].unlink()
+    assert main(command(tmp_path, "--resume")) == 0
+    assert same(checkpoint.load_latest(tmp_path), checkpoint.load_latest(finished))
+    final = [json.loads((folder / "evaluation.json").read_text())["final"] for folder in (tmp_path, finished)]
+    assert final[0] == final[1]
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, capsys):
+    run("digits", "pec", tmp_path, settings=SETTINGS, save_every=1, progress=False)
+    newest = checkpoint.checkpoints(tmp_path)[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main(command(tmp_path, "--resume")) == 0
+    warning = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert len(warning) == 1 and str(newest) in warning[0]
+    assert same(checkpoint.load_latest(tmp_path), checkpoint.load_latest(finished))
+
+
+def test_all_checkpoints_damaged_is_an_error_not_a_fresh_start(tmp_path, capsys):
+    (tmp_path / "checkpoint-00000001.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_says_what_to_do(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
+
+    def full(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="free disk space"):
+        checkpoint.atomic_write(path, full)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_saved_lora_gives_the_same_velocity_in_stock_diffusers(finished):
+    """The folder is read by diffusers' own loader, rank and alpha included."""
+    state = checkpoint.load_latest(finished)
+    ours, _, _, _ = digits.load()
+    ours.add_lora(16, 32)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name in state["weights"]:
+                parameter.copy_(state["weights"][name])
+    stock, _, _, _ = digits.load()
+    stock.transformer.load_lora_adapter(str(finished / "lora"))
+    base, _, _, _ = digits.load()
+    x, cond = (
+        torch.randn(3, *ours.latent_shape, generator=torch.Generator().manual_seed(0)),
+        ours.encode(digits.PROMPTS[:3]),
+    )
+    with torch.no_grad():
+        v = [model.velocity(x, torch.tensor(0.5), cond) for model in (ours, stock, base)]
+    assert torch.equal(v[0], v[1]) and not torch.allclose(v[0], v[2], atol=1e-4)
+
+
+REFUSED = {
+    "unknown preset": (dict(preset="sdxl"), [], "unknown preset 'sdxl'"),
+    "unknown method": (dict(method="ppo"), [], "unknown method 'ppo'"),
+    "a group of one": ({}, ["--group-size", "1"], "group_size must be at least 2"),
+    "a negative weight": ({}, ["--weight", "-1"], "weight must be"),
+    "a weight that is no number": ({}, ["--weight", "nan"], "weight must be"),
+    "no steps": ({}, ["--steps", "0"], "steps must be at least 2"),
+    "a window too long": ({}, ["--window", "3"], "window must lie in"),
+    "a kernel nobody knows": ({}, ["--kind", "ddpm"], "unknown kernel kind 'ddpm'"),
+    "no interval": ({}, ["--save-every", "0"], "save_every must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys):
+    options, extra, message = REFUSED[case]
+    assert main(command(tmp_path / "out", *extra, **options)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_with_another_run_is_refused(finished, capsys):
+    before = sorted(p.name for p in finished.iterdir())
+    assert main(command(finished)) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+    assert main(command(finished, "--resume", method="flow_grpo")) == 2
+    assert "holds a run with method = pec, not flow_grpo" in capsys.readouterr().err
+    assert main(command(finished, "--resume", "--seed", "5")) == 2
+    assert "holds a run with seed = 0, not 5" in capsys.readouterr().err
+    assert sorted(p.name for p in finished.iterdir()) == before
+
+
+def test_the_main_job_writes_its_table_figures_and_weights(tmp_path, capsys):
+    """`python -m ref`, two iterations a method, twice: the second call repeats no training."""
+    arguments = ["--output-dir", str(tmp_path), "--iterations", "2"]
+    assert story(arguments) == 0
+    first = capsys.readouterr().out
+    assert [line.split("  ")[0].strip() for line in first.splitlines() if "Flow-GRPO" in line or "PEC" in line]
+    for name in ("grid.png", "curves.png", "paradox.png", "metrics.json", "pec/lora", "pcvae/lora", "flow_grpo/lora"):
+        assert (tmp_path / name).exists(), name
+    began = time.time()
+    assert story(arguments) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text()).keys() == {"base", "flow_grpo", "pec", "pcvae"}
+    assert time.time() - began < 60
+
+
+def test_base_weights_command_makes_a_loadable_model(tmp_path, capsys):
+    """`python -m ref.digits_base`, a thousandth of its length: every part trains, saves and loads."""
+    from ref.digits_base import main as make
+
+    assert make(["--output-dir", str(tmp_path), "--scale", "0.001"]) == 0
+    assert "of unseen digits read" in capsys.readouterr().out
+    model, reward, phi, judge = digits.load(tmp_path)
+    cond = model.encode(digits.PROMPTS)
+    v = model.velocity(torch.zeros(10, *model.latent_shape), torch.tensor(1.0), cond)
+    assert v.shape == (10, *model.latent_shape) and v.isfinite().all()
+
+
+def test_missing_base_weights_name_the_command_that_makes_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="python -m ref.digits_base"):
+        digits.load(tmp_path)
