@@ -247,12 +247,12 @@ def modes_dying(
     figure.clear()
     figure.set_size_inches(11, 5.6)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.05, 1))
-    limit = 1.5 * centres.abs().max().item()
+    limit = 1.85 * centres.abs().max().item()
     for axis, (iteration, x) in zip(top.subplots(1, len(snapshots)), snapshots.items()):
         nearest = (x[:, None] - centres).square().sum(-1).argmin(1)
         axis.scatter(*x.T, s=5, c=palette[nearest.numpy()], alpha=0.7, lw=0)
         axis.scatter(*centres.T, marker="+", color="black", s=30, lw=0.8)
-        for c, r in zip(1.38 * centres, reward):
+        for c, r in zip(1.4 * centres, reward):
             axis.text(*c, f"{r:.1f}", ha="center", va="center", fontsize=8, color="#555555")
         axis.set(
             xlim=(-limit, limit),
