@@ -379,3 +379,18 @@ def test_p10_kl_as_reward_by_enumeration(K, seed, weight):
     right = weight * (K - 1) * (K - 2) / (K**2 * 2 * 2) * dV
     torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-11)
     assert not torch.allclose(got, torch.zeros_like(got), atol=1e-7 * weight)
+
+
+@pytest.mark.claim("P10")
+@settings(max_examples=15, deadline=None)
+@given(shapes, seeds, st.floats(0.1, 3.0))
+def test_p10_kl_as_reward_signs(shape, seed, weight):
+    """PCVAE's reward falls where p_perc is dense and rises with log p_theta: checked by finite differences."""
+    phi, D = randn(*shape, seed=seed), shape[2]
+    policy = randn(*shape[:2], 3, seed=seed + 1)
+    reward = METHODS["pcvae"](weight).shape(make_group(phi, 0.8, policy_log_prob=policy))
+    raised = METHODS["pcvae"](weight).shape(make_group(phi, 0.8, policy_log_prob=policy + 0.5))
+    torch.testing.assert_close(raised - reward, torch.full_like(reward, 0.5 * weight), rtol=1e-6, atol=1e-6)
+    spread = METHODS["pcvae"](weight).shape(make_group(2 * phi, 0.8, policy_log_prob=policy))
+    extra = 3 * weight * deviations(phi).square().sum(-1) / (2 * 0.8**2 * D)
+    torch.testing.assert_close(spread - reward, extra[..., None].expand_as(reward), rtol=1e-6, atol=1e-6)
