@@ -376,27 +376,35 @@ def kl_comparison(naive: list[dict], as_reward: list[dict], without: list[dict])
 
 
 def critical_lambda_curve(
-    measured: dict[float, list[float]],
-    predicted: tuple[list[float], list[float]],
-    critical: float,
-    tolerance: float = 0.03,
+    curves: dict[str, tuple[list[float], list[float], dict[float, list[float]]]], critical: float
 ) -> Figure:
-    """P11: the better mode's share p* over lambda. measured: a list of seeds for each lambda; predicted: (lambdas, p*)."""
-    figure, axis = panels(1, 1, width=6.0, height=3.8)
-    low = min(predicted[0])
+    """P11: the better mode's share p* over lambda, predicted (line) and trained (a dot for each seed).
+
+    curves: label -> (lambdas, predicted p*, measured: a list of seeds for each lambda).
+    """
+    figure, axis = panels(1, 1, width=6.6, height=4.2)
+    low, colors = min(min(c[0]) for c in curves.values()), ("#4c72b0", "#dd8452", "#55a868")
     axis.axvspan(low, critical, color="#c44e52", alpha=0.10, lw=0)
     axis.axvline(critical, color="#c44e52", lw=1)
     axis.text(critical, 0.52, f"  $\\lambda_c$ = {critical:.3f}", color="#c44e52")
-    axis.text((low + critical) / 2, 0.62, "one mode\ndies", ha="center", color="#c44e52")
-    axis.text((critical + max(predicted[0])) / 2, 0.87, "both modes live", ha="center", color="#4c72b0")
-    band = [[p + s * tolerance for p in predicted[1]] for s in (-1, 1)]
-    axis.fill_between(predicted[0], *band, color="#4c72b0", alpha=0.15, lw=0, label=f"±{tolerance}")
-    axis.plot(*predicted, color="#4c72b0", lw=2, label="predicted $p^*$ (P11)")
-    for weight, shares in measured.items():
-        axis.scatter([weight] * len(shares), shares, s=26, color="black", alpha=0.55, lw=0, zorder=3)
-    axis.scatter([], [], s=26, color="black", alpha=0.55, lw=0, label="trained flows, one dot a seed")
-    axis.set(xlabel="PEC weight $\\lambda$", ylabel="share of the better mode", ylim=(0.48, 1.03))
-    axis.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.82))
+    axis.text((low + critical) / 2, 0.70, "one mode\ndies", ha="center", color="#c44e52")
+    axis.text(critical, 1.0, "  both modes live", va="center", color="#333333")
+    for color, (label, (weights, shares, measured)) in zip(colors, curves.items()):
+        axis.plot(weights, shares, color=color, lw=2, label=f"predicted, {label}")
+        dots = [(w, share) for w, seeds in measured.items() for share in seeds]
+        axis.scatter(*zip(*dots), s=30, color=color, edgecolor="black", lw=0.6, zorder=3, label=f"trained, {label}")
+    axis.set(xlabel="PEC weight $\\lambda$", ylabel="share of the better mode, $p^*$", ylim=(0.48, 1.03))
+    axis.legend(frameon=False, loc="upper right", fontsize=9)
+    return figure
+
+
+def runaway(radius: dict[str, list[float]]) -> Figure:
+    """Mean distance of the samples from the origin over training, on a logarithmic scale; a line for each setting."""
+    figure, axis = panels(1, 1, width=6.6, height=3.4)
+    for color, (label, values) in zip(("#c44e52", "#dd8452", "#4c72b0", "#55a868"), radius.items()):
+        axis.semilogy(range(1, len(values) + 1), values, color=color, lw=2, label=label)
+    axis.set(xlabel="iteration", ylabel="mean radius of the samples")
+    axis.legend(frameon=False, fontsize=9)
     return figure
 
 
