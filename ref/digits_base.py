@@ -44,10 +44,10 @@ def fit(parameters, loss, steps: int, lr: float, what: str) -> None:
 
 
 def make_reader(net_of, rows: Tensor, steps: int, seed: int) -> nn.Module:
-    """A classifier trained on the digits listed in `rows`, on clean views and on mixtures of two.
+    """A classifier trained on the digits listed in `rows`, on mixtures of two of them, and on empty pages.
 
-    A mixture's label is mixed alike (mixup, arXiv 1710.09412), so an image between two digits gets a
-    probability between them: where a policy could cheat, the reader is unsure instead of sure.
+    A mixture's label is mixed alike (mixup, arXiv 1710.09412), and that of an evenly grey page is uniform:
+    where a policy could cheat, the reader is unsure instead of sure.
     """
     images, labels = data()
     torch.manual_seed(seed)
@@ -59,7 +59,10 @@ def make_reader(net_of, rows: Tensor, steps: int, seed: int) -> nn.Module:
         share[:128] = 1
         x, y = views(images[picked], g, shear=0.4), F.one_hot(labels[picked], 10).float()
         x = x * share[..., None, None] + x.flip(0) * (1 - share[..., None, None])
-        return F.cross_entropy(net(x * 2 - 1), y * share + y.flip(0) * (1 - share))
+        y = y * share + y.flip(0) * (1 - share)
+        page = torch.rand(32, 1, 1, 1, generator=g) + 0.05 * torch.randn(32, 1, 8, 8, generator=g)
+        x[:32], y[:32] = page.clamp(0, 1), 0.1
+        return F.cross_entropy(net(x * 2 - 1), y)
 
     fit(net.parameters(), loss, steps, 2e-3, "reader")
     return net
