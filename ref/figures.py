@@ -403,7 +403,7 @@ def runaway(radius: dict[str, list[float]]) -> Figure:
     figure, axis = panels(1, 1, width=6.6, height=3.4)
     for color, (label, values) in zip(("#c44e52", "#dd8452", "#4c72b0", "#55a868"), radius.items()):
         axis.semilogy(range(1, len(values) + 1), values, color=color, lw=2, label=label)
-    axis.set(xlabel="iteration", ylabel="mean radius of the samples")
+    axis.set(xlabel="iteration", ylabel="mean radius of the samples", ylim=(None, 50 * max(map(max, radius.values()))))
     axis.legend(frameon=False, fontsize=9)
     return figure
 
