@@ -218,7 +218,8 @@ claim("every PEC seed keeps fewer than 4 effective modes", bool((gaussian[:, 1] 
 claim("every kernel seed keeps more than 5", bool((kernel[:, 1] > 5).all()))
 
 # %% [markdown]
-# Coverage has its price: modes that pay less are kept, so the kernel's mean reward is lower. PEC's is higher *because* it drops them.
+# Same variance, two modes against seven. Coverage has its price: modes that pay less are kept. PEC's spread in reward over seeds is large because
+# nothing tells it *which* opposite pair to keep beyond the reward's small gaps: once the others are gone they do not come back.
 #
 # ## An unbounded φ runs away
 #
