@@ -140,7 +140,9 @@ def paths(model, n):
     return sample(model, [""], n, schedule, ("paths", SEED)).trajectory.x[:-1, :, 0]
 
 
-settings = Settings(iterations=20 if FAST else 70, groups=32, group_size=16, steps=5, updates=1, lr=1e-3, seed=SEED, **kernel)
+settings = Settings(
+    iterations=20 if FAST else 70, groups=32, group_size=16, steps=5, updates=1, lr=1e-3, seed=SEED, **kernel
+)
 before = integrate(model), paths(model, 30)
 records = [(0, *integrate(model)[1:], knn_entropy(paths(model, 4000).T[:, -1:]).item())]
 for state in train(model, [""] * 32, tilted(pair, [0.0, 1.0]), coordinates, METHODS["flow_grpo"](clip=0.2), settings):

@@ -157,9 +157,7 @@ else:
 # %%
 temperature = rewards[0].std(1).mean()
 probability = (rewards / temperature).softmax(2)
-raw = [
-    m | {"p_max": p.amax(1).mean().item(), "p_min": p.amin(1).mean().item()} for m, p in zip(history, probability)
-]
+raw = [m | {"p_max": p.amax(1).mean().item(), "p_min": p.amin(1).mean().item()} for m, p in zip(history, probability)]
 figures.mode_seeking(raw)
 
 # %% [markdown]
@@ -176,7 +174,9 @@ assert log_ratio[~tied].min() > 2 * (15 / 16) ** 0.5 - 1e-4
 for i in (0, ITERATIONS // 2, ITERATIONS - 1):
     mean = f"{log_ratio[i][~tied[i]].mean():.2f}" if not tied[i].all() else "none"
     raw_ratio = (rewards[i].amax(1) - rewards[i].amin(1)).mean() / temperature
-    print(f"iteration {i + 1:4d}: log(p_max/p_min) raw {raw_ratio:.2f}, normalised {mean}, tied groups {tied[i].float().mean():.0%}")
+    print(
+        f"iteration {i + 1:4d}: log(p_max/p_min) raw {raw_ratio:.2f}, normalised {mean}, tied groups {tied[i].float().mean():.0%}"
+    )
 
 # %% [markdown]
 # ## Summary
