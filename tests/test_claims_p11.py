@@ -197,3 +197,23 @@ def test_p11_trained_flow(std_normalize, weight):
     assert share == pytest.approx(expected, abs=0.03)
     wrong = 0.5 if weight < 0.25 else two_modes.fixed_point(weight / 2, 0.5, 2.0, 1.0, 16, std_normalize)
     assert abs(share - wrong) > 0.03  # planted: lambda not converted from 'mean' to 'sum'
+
+
+@pytest.mark.claim("P11")
+def test_p11_staircase():
+    """Std-normalised p* is flat in lambda between the steps 2 delta h^2 / Delta^2 * K / (2j - K), and jumps there.
+
+    The 1e-4 beside the std rounds the edges: 5 % from a step the gap there is 0.025, its std 0.008, so the
+    sign is off by about 1 %; at 1 % it is off by 8 %, which moves p* by 0.003.
+    """
+    K, gap, distance, h = 16, 0.5, 2.0, 1.0
+
+    def root(weight):
+        return scipy.optimize.brentq(lambda p: implemented_drift(p, weight, gap, distance, h, K, True), 0.3, 1 - 1e-9)
+
+    steps = [0.25 * K / (2 * j - K) for j in (14, 13, 12, 11)]
+    for step, following in zip(steps, steps[1:]):
+        assert root(1.05 * step) - root(0.95 * following) < 2e-3
+        assert root(0.95 * step) - root(1.05 * step) > 0.05
+    smooth = [0.5 + 0.125 / w * K / (K - 2) for w in (1.05 * steps[0], 0.95 * steps[1])]
+    assert smooth[0] - smooth[1] > 0.05  # planted: the centred law is not flat there
