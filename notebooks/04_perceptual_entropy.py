@@ -142,6 +142,9 @@ law = fit(eight)
 claim(f"the law has the paper's sign and explains most of the variance (R² = {law.r2:.3f})", law.a > 0 and law.r2 > 0.8)
 
 # %% [markdown]
+# A high $R^2$, and yet the points bend round the line: they start steep, lie above it halfway, and stop at the ceiling of the reward, where the
+# entropy still moves. It is a good summary of this run, with the paper's sign; its $a$ and $b$ are this world's own.
+#
 # ## Where it must fail
 #
 # With *two* modes everything is known. If the better one has probability $p$ and pays $\delta$, then $R=\delta p$ and the expected $v=\frac{K-1}K\Delta^2p(1-p)$: an arch, not
