@@ -341,7 +341,7 @@ def entropy_law(histories: list[list[dict]], block: int = 20, draws: int = 400, 
     for _ in range(draws):
         h, r = zip(*(pieces[i] for i in generator.integers(len(pieces), size=len(pieces))))
         fits.append(fit_entropy_law(torch.cat(h), torch.cat(r))(grid))
-    low, high = np.quantile(torch.stack(fits).numpy(), [0.025, 0.975], axis=0)
+    low, high = np.nanquantile(torch.stack(fits).numpy(), [0.025, 0.975], axis=0)  # a draw of equal points has no slope
     right.scatter(torch.cat(H).exp(), torch.cat(R), s=10, color="#4c72b0", alpha=0.4, lw=0, zorder=3)
     right.fill_between(grid.exp(), low, high, color="#c44e52", alpha=0.25, lw=0, label="95 % band")
     right.plot(grid.exp(), law(grid), color="#c44e52", lw=2, label="fit")
