@@ -468,7 +468,7 @@ def test_p07_normalised_advantages_do_not_converge(K, seed, scale):
     floor = 2 * math.sqrt((K - 1) / K if K % 2 == 0 else K / (K + 1))
     assert floor - 1e-9 <= ratio <= math.sqrt(2 * (K - 1)) + 1e-9
     spread = scale * R.std(1, keepdim=True)
-    A = advantages(scale * R, clip=1e9)
+    A = advantages(torch.cat([scale * R, 3 + normal((1, K, 1), seed + 1)]), clip=1e9)[:1]  # another group beside it
     assert torch.allclose(A * (spread + 1e-4) / spread, z, rtol=1e-9, atol=1e-12)  # scale-free but for the 1e-4
     if K == 2:
         assert abs(ratio - math.sqrt(2)) < 1e-9
