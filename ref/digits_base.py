@@ -154,7 +154,7 @@ def make(folder: Path | str = WEIGHTS, scale: float = 1.0, seed: int = 0) -> dic
     from safetensors.torch import save_file
 
     def steps(full):
-        return max(10, round(full * scale))
+        return max(20, round(full * scale))  # the one-cycle schedule needs some steps to rise and fall
 
     folder = Path(folder)
     images, labels = data()

@@ -33,7 +33,7 @@ from ref.entropy import policy_entropy
 from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, perceptual_entropy
 from ref.policy import Trajectory, gaussian_log_prob, rollout
-from ref.schedule import FlowSchedule
+from ref.schedule import KINDS, FlowSchedule
 
 
 @dataclass
@@ -70,9 +70,10 @@ class Settings:
             raise ValueError(
                 f"window must lie in 1..{self.steps - 1} (the last step is deterministic), got {self.window}"
             )
-        for name, choices in dict(omega=("uniform", "variance"), lr_schedule=("constant", "cosine")).items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+        choices = dict(kind=KINDS, omega=("uniform", "variance"), lr_schedule=("constant", "cosine"))
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 @dataclass
@@ -351,11 +352,12 @@ def measure(state: State, schedule: FlowSchedule, full: FlowSchedule) -> dict[st
 
     policy_entropy is the closed form of P01 over the full schedule, policy_entropy_mc the estimate
     -mean log p_theta of this iteration's steps; p_max and p_min are figure 2's advantage
-    probabilities, read as the softmax of the group-normalised rewards.
+    probabilities, read as the softmax of a group's raw rewards (temperature 1): that of normalised
+    advantages cannot converge (proofs/P07).
     """
     groups = state.reward.shape
     samples, latents = state.samples, state.samples.latents
-    probability = advantages(state.reward[..., None])[..., 0].softmax(1)
+    probability = state.reward.softmax(1)
     dim = latents[0].numel()
     return {
         "iteration": state.iteration,
