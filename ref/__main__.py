@@ -73,7 +73,7 @@ def story(folder: Path, seed: int, iterations: int) -> int:
     figures.training_curves(histories).savefig(folder / "curves.png")
     figures.entropy_paradox(histories["flow_grpo"]).savefig(folder / "paradox.png")
     write_json(folder / "metrics.json", rows)
-    print(f"\n{time.perf_counter() - began:.0f} s; figures, metrics and LoRA weights in {folder}/")
+    print(f"\n{time.perf_counter() - began:.0f} s; figures, metrics and weights in {folder}/")
     return 0
 
 

@@ -129,7 +129,8 @@ class PCVAE(FlowGRPO):
     """R~ = R - lambda [omega_t log p_perc - omega_t log p_theta]. Project page, 'PCVAE'.
 
     A KL from the perceptual to the latent distribution, put into the reward. The first term is PEC's;
-    the second has zero expected gradient (proofs/P03), so it adds noise and moves no mean.
+    the second has zero expected gradient (proofs/P03) as long as advantages are only centred: it adds
+    noise. Dividing by the group's std, which that noise enlarges, weakens reward and PEC term alike.
     """
 
     default_weight = 0.03

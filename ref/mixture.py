@@ -36,6 +36,7 @@ so its weight is D times as large. A two-dimensional world's features are its co
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +201,13 @@ class MixtureFlow(nn.Module):
 
     def decode(self, x: Tensor) -> Tensor:
         return x
+
+    def save(self, folder: Path | str) -> None:
+        """Write the residual network as residual.safetensors."""
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(self.residual.state_dict(), Path(folder) / "residual.safetensors")
 
     def schedule(self, steps: int, **kernel) -> FlowSchedule:
         """The policy on an even time grid; `kernel` is kind, noise_level, sde_window."""

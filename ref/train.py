@@ -9,7 +9,7 @@ An output directory holds
     checkpoint-*.pt       the last two checkpoints
     metrics.json          `State.metrics` of every iteration up to the newest checkpoint
     evaluation.json       base model and fine-tuned model, sampled with the ODE on fixed noise
-    lora/                 the trained weights
+    weights/              the trained weights: a LoRA that stock diffusers loads, or the small network
 
 A preset is a function that returns a `Task` and its `Settings`; the loop is `grpo.train` for all.
 """
@@ -52,7 +52,19 @@ def digits() -> Task:
     return Task(model, digits.PROMPTS, reward, phi, {"legibility": legibility})
 
 
+def mixture() -> Task:
+    """Six modes on a ring, from reward 0 to 1; features are directions, so they are bounded."""
+    from ref.mixture import MixtureFlow, effective_modes, ring, tilted
+
+    world = ring(6)
+    directions = torch.nn.functional.normalize
+    modes = lambda images, prompts: effective_modes(world.occupancy(images)).item()  # noqa: E731
+    reward = tilted(world, torch.linspace(0, 1, 6))
+    return Task(MixtureFlow(world), [""] * 32, reward, directions, {"effective_modes": modes})
+
+
 PRESETS = {
+    "mixture": (mixture, Settings(iterations=150, groups=32, group_size=16, updates=1, lr=1e-3, clip=0.2)),
     "digits": (
         digits,
         Settings(iterations=100, groups=5, group_size=24, window=4, lr=4e-3, lr_schedule="cosine", clip=1e-2),
@@ -155,7 +167,7 @@ def run(
             write_json(folder / "metrics.json", history)
 
     final, after = evaluate(task, settings, state.bandwidth)
-    task.model.save(folder / "lora")
+    task.model.save(folder / "weights")
     result = {"base": base, "final": final, "seconds": sum(m["seconds"] for m in history)}
     write_json(folder / "evaluation.json", result)
     return result | {"history": history, "base_images": before.images, "images": after.images}
