@@ -11,7 +11,7 @@ UCI repository, 1998), written by many hands, captioned "a handwritten seven". T
     R(x, c) = p_reader(c | x) * sigmoid((slant(x) - q_c) / tau_c)
 
 slant is the shear that would set the digit upright, mu_xy / mu_yy of the ink; q_c is the median and
-tau_c a quarter of the standard deviation of the slants of real digits of class c. So half of all
+tau_c an eighth of the standard deviation of the slants of real digits of class c. So half of all
 people write the way this reward likes, in all their variety (the right-leaning half of the real
 digits has 91 % of the feature variance of all), and beyond q_c the sigmoid saturates: a loss of
 diversity is nothing that the reward asks for. Nor does a page without a digit win it.
@@ -151,11 +151,40 @@ class SlantReward(nn.Module):
         return legible * torch.sigmoid((slant(images) - q) / tau)
 
 
+class ReaderFeatures(nn.Module):
+    """The reward model's own features: the last hidden layer of its reader, [B, 1, 8, 8] -> unit-norm [B, 128]."""
+
+    name = "digits reader"
+
+    def __init__(self, reader: nn.Sequential):
+        super().__init__()
+        self.net = reader[:-1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.net(images * 2 - 1), dim=1)
+
+
+def encoders(reward: SlantReward, phi: Phi) -> dict[str, nn.Module]:
+    """The perceptual spaces: phi, the reward model's features, and as a control an untrained network."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        untrained = Phi().eval().requires_grad_(False)
+    untrained.name = "digits random"
+    return {"contrastive": phi, "reader": ReaderFeatures(reward.reader), "random": untrained}
+
+
 @torch.no_grad()
 def legibility(judge: nn.Module, images: Tensor, prompts: list[str]) -> float:
     """Share of images in which the judge reads the digit that the caption asked for."""
     c = torch.tensor([label(p) for p in prompts])
     return (judge(images * 2 - 1).argmax(1) == c).float().mean().item()
+
+
+@torch.no_grad()
+def confidence(judge: nn.Module, images: Tensor, prompts: list[str]) -> float:
+    """Mean log-probability (nats) that the judge gives to the digit that the caption asked for."""
+    c = torch.tensor([label(p) for p in prompts])
+    return judge(images * 2 - 1).log_softmax(1)[torch.arange(len(c)), c].mean().item()
 
 
 def load(folder: Path | str = WEIGHTS) -> tuple[SD3, SlantReward, Phi, nn.Module]:

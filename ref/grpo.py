@@ -266,6 +266,7 @@ def train(
             state.bandwidth,
             samples.trajectory.log_prob.T.unflatten(0, groups),
             step_weights(schedule, settings.omega).to(state.reward),
+            generator_for(settings.seed, state.iteration, "select"),
         )
         state.advantages = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize)
         pairs = method.select(group, state.advantages)

@@ -1,15 +1,23 @@
 """The methods: what each adds to the reward, and what to the loss.
 
-A method acts at two places of `grpo.train`, and a class here overrides only what it changes:
+A method acts at three places of `grpo.train`, and a class here overrides only what it changes:
 
-    shape(group)   rewards, perceptual and policy log-densities of whole groups -> R~ [G, K, S]
-    loss(step)     one denoising step of one micro-batch -> scalar to descend
+    shape(group)               whole groups' rewards and log-densities -> R~ [G, K, S]
+    select(group, advantages)  a number for every (sample, step) pair, chosen over the whole batch -> [G, K, S]
+    loss(step)                 one denoising step of one micro-batch -> scalar to descend
 
-`select(group, advantages)` stands between them for methods that choose (sample, step) pairs over the
-whole batch. S counts the stochastic (trained) steps; index s is the paper's t. Weights are lambda.
+S counts the stochastic (trained) steps; index s is the paper's t. `weight` is the method's dial, the
+paper's lambda. Methods that speak of *the* entropy take a `space`, the log-density that they look at:
 
-Omega_t, the paper's weight over steps, has mean 1: uniform by default (a reading), or proportional
-to the kernel's variance s_t^2 (`omega="variance"`).
+    latent      log p_theta(x_{i+1} | x_i), the policy's own; its entropy is constant (proofs/P01)
+    perceptual  log p_perc, a Gaussian around the group's mean feature, the same for all steps
+    kernel      the leave-one-out kernel density of the features, which sees modes (proofs/P12)
+
+From tokens to flows: a token is a (sample, step) pair, its log-probability that of the step. All
+log-densities are per dimension. A language model's thresholds on covariances (1 to 5) never fire on
+those, so fractions of pairs are the dials here, and covariances are centred per step, because the
+density's scale s_i is the step's. Omega_t, the paper's weight over steps, has mean 1: uniform by
+default (a reading), or proportional to the kernel's variance s_t^2 (`omega="variance"`).
 
 Adding a method takes one class and one line in METHODS.
 """
@@ -20,7 +28,9 @@ import torch
 from torch import Tensor
 
 from ref.entropy import gaussian_kl
-from ref.perceptual import perceptual_log_prob
+from ref.perceptual import kernel_log_prob, perceptual_log_prob
+
+SPACES = ("latent", "perceptual", "kernel")
 
 
 @dataclass
@@ -32,6 +42,7 @@ class Group:
     bandwidth        h          calibrated on the base model
     policy_log_prob  [G, K, S]  log p_theta(x_{i+1} | x_i) at sampling, per latent dimension
     omega            [S]        step weights with mean 1
+    generator                   seeded by the iteration, for methods that draw
     """
 
     reward: Tensor
@@ -39,11 +50,14 @@ class Group:
     bandwidth: float | None
     policy_log_prob: Tensor
     omega: Tensor
+    generator: torch.Generator | None = None
 
-    @property
-    def perceptual_log_prob(self) -> Tensor:
-        """log p_perc [G, K], per feature dimension, so that lambda carries over between encoders."""
-        return perceptual_log_prob(self.features, self.bandwidth, reduction="mean")
+    def log_prob(self, space: str) -> Tensor:
+        """The log-density of a space [G, K, S], per dimension, so that lambda carries over between encoders."""
+        if space == "latent":
+            return self.policy_log_prob
+        density = kernel_log_prob if space == "kernel" else perceptual_log_prob
+        return density(self.features, self.bandwidth, "mean")[..., None].expand_as(self.policy_log_prob)
 
 
 @dataclass
@@ -74,15 +88,25 @@ class FlowGRPO:
 
     weight  lambda of the subclass's term; 0 gives Flow-GRPO.
     clip    eps; 1e-4 because log-densities are means over dimensions.
+    space   latent, perceptual or kernel, for methods that have a `default_space`.
+
+    Raises ValueError for a weight outside [0, `largest_weight`], or a space that the method does not take.
     """
 
     default_weight = 0.0
+    largest_weight = float("inf")
+    default_space: str | None = None
     needs_reference = False
 
-    def __init__(self, weight: float | None = None, clip: float = 1e-4):
+    def __init__(self, weight: float | None = None, clip: float = 1e-4, space: str | None = None):
         self.weight = self.default_weight if weight is None else weight
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight must be a finite number >= 0, got {self.weight}")
+        if not (0 <= self.weight <= self.largest_weight and self.weight < float("inf")):
+            most = "" if self.largest_weight == float("inf") else f" and <= {self.largest_weight}"
+            raise ValueError(f"weight must be a finite number >= 0{most}, got {self.weight}")
+        allowed = SPACES if self.default_space else ()
+        if space is not None and space not in allowed:
+            raise ValueError(f"{type(self).__name__} takes {' or '.join(allowed) or 'no space'}, got space {space!r}")
+        self.space = space or self.default_space
         self.low, self.high = 1 - clip, 1 + clip
 
     def shape(self, group: Group) -> Tensor:
@@ -91,9 +115,13 @@ class FlowGRPO:
     def select(self, group: Group, advantages: Tensor) -> Tensor:
         return torch.ones_like(advantages)
 
-    def loss(self, step: Step) -> Tensor:
+    def pair_loss(self, step: Step) -> Tensor:
+        """The clipped policy gradient of every pair, [B]."""
         clipped = step.ratio.clamp(self.low, self.high)
-        return -torch.minimum(step.ratio * step.advantage, clipped * step.advantage).mean()
+        return -torch.minimum(step.ratio * step.advantage, clipped * step.advantage)
+
+    def loss(self, step: Step) -> Tensor:
+        return self.pair_loss(step).mean()
 
 
 class FlowGRPOKL(FlowGRPO):
@@ -111,18 +139,95 @@ class ClipHigher(FlowGRPO):
 
     default_weight = 0.4
 
-    def __init__(self, weight: float | None = None, clip: float = 1e-4):
-        super().__init__(weight, clip)
+    def __init__(self, weight: float | None = None, clip: float = 1e-4, space: str | None = None):
+        super().__init__(weight, clip, space)
         self.high = 1 + (1 + self.weight) * clip
 
 
-class PEC(FlowGRPO):
-    """Perceptual Entropy Constraint: R~^k = R^k + lambda omega_t (-log p_perc^k). Project page, 'PEC'."""
+class EntropyReg(FlowGRPO):
+    """Entropy regularisation, L - lambda H, beside the clipped policy gradient instead of in its reward.
+
+    The latent H is a constant, so its exact gradient is zero (proofs/P01). What can be added is the
+    score-function estimate, -lambda mean[r b] with b = -omega (log p - mean_k log p): zero on average
+    in latent space (proofs/P03), the gradient of H_perc in perceptual space (proofs/P09). Unlike PEC's,
+    the term is neither divided by the group's standard deviation nor clipped.
+    """
 
     default_weight = 0.05
+    default_space = "latent"
+
+    def select(self, group: Group, advantages: Tensor) -> Tensor:
+        log_prob = group.omega * group.log_prob(self.space)
+        return log_prob.mean(1, keepdim=True) - log_prob
+
+    def loss(self, step: Step) -> Tensor:
+        return super().loss(step) - self.weight * (step.ratio * step.pair).mean()
+
+
+def covariance(log_prob: Tensor, advantages: Tensor) -> Tensor:
+    """(log p - mean log p)(A - mean A) of every pair, [G, K, S], both centred per step over the batch."""
+    return (log_prob - log_prob.mean((0, 1))) * (advantages - advantages.mean((0, 1)))
+
+
+def top(values: Tensor, fraction: float) -> Tensor:
+    """Flat indices of the round(fraction n) largest of n values, largest first."""
+    return values.flatten().topk(round(fraction * values.numel())).indices
+
+
+class ClipCov(FlowGRPO):
+    """Drops the gradient of a fraction `weight` of all pairs, drawn from those of highest covariance.
+
+    High covariance of log p and A is what shrinks a softmax policy's entropy (proofs/P06). Candidates
+    are the top 20 % (or `weight`, if that is more). arXiv 2505.22617, section 4, with a fraction in
+    place of thresholds (a reading).
+    """
+
+    default_weight = 0.02
+    largest_weight = 1.0
+    default_space = "latent"
+
+    def select(self, group: Group, advantages: Tensor) -> Tensor:
+        candidates = top(covariance(group.log_prob(self.space), advantages), max(0.2, self.weight))
+        drawn = torch.randperm(len(candidates), generator=group.generator)[: round(self.weight * advantages.numel())]
+        keep = torch.ones(advantages.numel(), device=advantages.device)
+        keep[candidates[drawn.to(candidates.device)]] = 0
+        return keep.view_as(advantages)
+
+    def loss(self, step: Step) -> Tensor:
+        return (self.pair_loss(step) * step.pair).mean()
+
+
+class KLCov(FlowGRPO):
+    """Adds weight KL(p_theta || p_old) on the 20 % of pairs with the highest covariance. arXiv 2505.22617.
+
+    The Gaussian KL ||mu - mu_old||^2 / (2 s^2) stands for the source's estimate |log ratio|, whose sign
+    is noise. Either has gradient zero where the policies agree: it holds from the second update on.
+    """
+
+    default_weight = 1.0
+    default_space = "latent"
+
+    def select(self, group: Group, advantages: Tensor) -> Tensor:
+        chosen = torch.zeros(advantages.numel(), device=advantages.device)
+        chosen[top(covariance(group.log_prob(self.space), advantages), 0.2)] = 1
+        return chosen.view_as(advantages)
+
+    def loss(self, step: Step) -> Tensor:
+        kl = gaussian_kl(step.mean, step.old_mean, step.std)
+        return super().loss(step) + self.weight * (kl * step.pair).mean()
+
+
+class PEC(FlowGRPO):
+    """Perceptual Entropy Constraint: R~^k = R^k + lambda omega_t (-log p_perc^k). Project page, 'PEC'.
+
+    space "latent" is the paper's ablation with the native entropy in its place.
+    """
+
+    default_weight = 0.05
+    default_space = "perceptual"
 
     def shape(self, group: Group) -> Tensor:
-        return super().shape(group) - self.weight * group.omega * group.perceptual_log_prob[..., None]
+        return super().shape(group) - self.weight * group.omega * group.log_prob(self.space)
 
 
 class PCVAE(FlowGRPO):
@@ -134,9 +239,10 @@ class PCVAE(FlowGRPO):
     """
 
     default_weight = 0.03
+    default_space = "perceptual"
 
     def shape(self, group: Group) -> Tensor:
-        kl = group.perceptual_log_prob[..., None] - group.policy_log_prob
+        kl = group.log_prob(self.space) - group.policy_log_prob
         return super().shape(group) - self.weight * group.omega * kl
 
 
@@ -158,6 +264,9 @@ METHODS = {
     "flow_grpo": FlowGRPO,
     "flow_grpo_kl": FlowGRPOKL,
     "clip_higher": ClipHigher,
+    "entropy_reg": EntropyReg,
+    "clip_cov": ClipCov,
+    "kl_cov": KLCov,
     "pec": PEC,
     "pcvae": PCVAE,
     "naive_kl": NaiveKL,

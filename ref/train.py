@@ -43,21 +43,42 @@ class Task:
     measures: dict[str, Callable] = field(default_factory=dict)  # name -> f(images, prompts) -> float
 
 
-def digits() -> Task:
+def chosen(table: dict[str, Callable], encoder: str | None) -> Callable:
+    """The encoder of that name, the first of the table by default. Raises ValueError for an unknown name."""
+    if encoder is not None and encoder not in table:
+        raise ValueError(f"unknown encoder {encoder!r}; this preset has {', '.join(table)}")
+    return table[encoder or next(iter(table))]
+
+
+def digits(encoder: str | None = None) -> Task:
+    """Ten captions; measured, whatever phi is, in all the perceptual spaces of digits.py."""
     from ref import digits
 
     model, reward, phi, judge = digits.load()
     model.add_lora(rank=16, alpha=32)
-    legibility = lambda images, prompts: digits.legibility(judge, images, prompts)  # noqa: E731
-    return Task(model, digits.PROMPTS, reward, phi, {"legibility": legibility})
+    spaces = digits.encoders(reward, phi)
+    measures = {
+        "legibility": lambda images, prompts: digits.legibility(judge, images, prompts),
+        "confidence": lambda images, prompts: digits.confidence(judge, images, prompts),
+    }
+    for space, f in spaces.items():
+        measures[f"var_{space}"] = lambda images, prompts, f=f: (
+            metrics.feature_variance(grouped(f(images), prompts)).mean().item()
+        )
+    return Task(model, digits.PROMPTS, reward, chosen(spaces, encoder), measures)
 
 
-def mixture() -> Task:
+def grouped(features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """[B, D] -> [G, K, D] for group-major samples of G different prompts."""
+    return features.unflatten(0, (len(set(prompts)), -1))
+
+
+def mixture(encoder: str | None = None) -> Task:
     """Six modes on a ring, from reward 0 to 1; features are directions, so they are bounded."""
     from ref.mixture import MixtureFlow, effective_modes, ring, tilted
 
     world = ring(6)
-    directions = torch.nn.functional.normalize
+    directions = chosen({"direction": torch.nn.functional.normalize}, encoder)
     modes = lambda images, prompts: effective_modes(world.occupancy(images)).item()  # noqa: E731
     reward = tilted(world, torch.linspace(0, 1, 6))
     return Task(MixtureFlow(world), [""] * 32, reward, directions, {"effective_modes": modes})
@@ -122,8 +143,10 @@ def run(
     resume: bool = False,
     save_every: int = 20,
     progress: bool = True,
+    space: str | None = None,
+    encoder: str | None = None,
 ) -> dict:
-    """Train, save and evaluate one run.
+    """Train, save and evaluate one run. `space` is the method's (methods.py), `encoder` the preset's phi by name.
 
     Returns "base" and "final" (numbers of `evaluate`), "history" (`State.metrics` of every iteration),
     "seconds" (training), "base_images" and "images" (those of `evaluate`, prompt by prompt).
@@ -138,17 +161,19 @@ def run(
             raise ValueError(f"unknown {kind} {choice!r}; choose one of {', '.join(table)}")
     build, default = PRESETS[preset]
     settings = settings or default
-    policy = METHODS[method](weight, clip=settings.clip)
+    policy = METHODS[method](weight, clip=settings.clip, space=space)
     folder = Path(output_dir)
     description = {
         "preset": preset,
         "method": method,
         "weight": policy.weight,
+        "space": policy.space,
+        "encoder": encoder,
         "settings": dataclasses.asdict(settings),
     }
     claim_directory(folder, description, resume)
 
-    task = build()
+    task = build(encoder)
     state, history = start(task.model, settings), []
     state.bandwidth = calibrate_on(task.model, task.prompts, task.encoder, settings)
     base, before = evaluate(task, settings, state.bandwidth)
@@ -178,6 +203,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--method", required=True, help=f"one of {', '.join(METHODS)}")
     parser.add_argument("--weight", type=float, help="lambda of the method (default: the method's own)")
+    parser.add_argument("--space", help="latent, perceptual or kernel: whose entropy the method looks at")
+    parser.add_argument("--encoder", help="the perceptual encoder phi, one of the preset's (default: its first)")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir")
     parser.add_argument("--save-every", type=int, default=20, help="iterations between checkpoints (default: 20)")
@@ -207,6 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
             settings,
             options.resume,
             options.save_every,
+            space=options.space,
+            encoder=options.encoder,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
