@@ -2,15 +2,19 @@
 
     python -m ref.compare --preset digits --seeds 5 --runs flow_grpo pec:1 pec:2 pcvae:1 --jobs 2
 
+A run is named METHOD[@SPACE][/ENCODER][:WEIGHT]: `pec:1`, `clip_cov@perceptual:0.1`, `pec/reader:0.5`. What
+is left out is the method's or the preset's default.
+
 Every run has a folder of its own under --output-dir, so the command can be stopped and started again:
 finished runs are read, broken ones continued. It writes runs.csv (a line for each run, and for the base
-model) and prints the summary. A run is named METHOD or METHOD:WEIGHT. Each job uses one CPU thread.
+model) and prints the summary. Each job uses one CPU thread.
 """
 
 import argparse
 import csv
 import dataclasses
 import json
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -22,18 +26,29 @@ from ref.methods import METHODS
 from ref.train import PRESETS, run, write_json
 
 
+def parse(spec: str) -> dict:
+    """{"method", "space", "encoder", "weight"} of a run's name. Raises ValueError with the remedy."""
+    found = re.fullmatch(r"(?P<method>\w+)(@(?P<space>\w+))?(/(?P<encoder>\w+))?(:(?P<weight>[\d.eE+-]+))?", spec)
+    if not found:
+        raise ValueError(f"cannot read the run {spec!r}; write METHOD[@SPACE][/ENCODER][:WEIGHT]")
+    if found["method"] not in METHODS:
+        raise ValueError(f"unknown method in {spec!r}; choose one of {', '.join(METHODS)}")
+    weight = found["weight"]
+    return found.groupdict() | {"weight": float(weight) if weight else None}
+
+
 def one(preset: str, spec: str, seed: int, folder: Path) -> dict:
     """Train and evaluate one run, or read it when it is there."""
     import torch
 
     torch.set_num_threads(1)
-    method, _, weight = spec.partition(":")
-    folder = folder / f"{spec.replace(':', '_')}_seed{seed}"
+    chosen = parse(spec)
+    folder = folder / f"{re.sub('[@/:]', '_', spec)}_seed{seed}"
     done = folder / "summary.json"
     if done.exists():
         return json.loads(done.read_text())
     settings = dataclasses.replace(PRESETS[preset][1], seed=seed)
-    result = run(preset, method, folder, float(weight) if weight else None, settings, resume=True, progress=False)
+    result = run(preset, output_dir=folder, settings=settings, resume=True, progress=False, **chosen)
     entropy = {round(m["policy_entropy"], 12) for m in result["history"]}
     row = {
         "run": spec,
@@ -69,9 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/compare"))
     options = parser.parse_args(arguments)
-    unknown = [spec for spec in options.runs if spec.partition(":")[0] not in METHODS]
-    if unknown:
-        print(f"error: unknown method in {unknown[0]!r}; choose one of {', '.join(METHODS)}", file=sys.stderr)
+    try:
+        for spec in options.runs:
+            parse(spec)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     from tqdm import tqdm
 
