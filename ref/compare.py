@@ -6,8 +6,12 @@ A run is named METHOD[@SPACE][/ENCODER][:WEIGHT]: `pec:1`, `clip_cov@perceptual:
 is left out is the method's or the preset's default.
 
 Every run has a folder of its own under --output-dir, so the command can be stopped and started again:
-finished runs are read, broken ones continued. It writes runs.csv (a line for each run, and for the base
-model) and prints the summary. Each job uses one CPU thread.
+finished runs are read, broken ones continued. It writes
+
+    runs.csv                       a line for each run, and for the base model
+    table.md, table.tex, table.csv table 1's twin: mean ± standard deviation over seeds, Norm.Avg, Overall
+    front.png                      reward against diversity, with confidence ellipses
+ Each job uses one CPU thread.
 """
 
 import argparse
@@ -21,9 +25,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 
-from ref.figures import LABELS
+import torch
+
+from ref import figures
 from ref.methods import METHODS
+from ref.metrics import normalized_average, table
 from ref.train import PRESETS, run, write_json
+
+# Quality and diversity columns, higher is better. The judge and the spaces other than the run's own
+# phi are seen by nothing in training.
+COLUMNS = {
+    "mixture": (("reward",), ("feature_variance", "pairwise_distance", "effective_modes", "pixel_variance")),
+    "digits": (
+        ("reward", "judge_reward", "legibility"),
+        ("var_contrastive", "var_reader", "var_random", "pairwise_distance", "vae_variance", "pixel_variance"),
+    ),
+}
 
 
 def parse(spec: str) -> dict:
@@ -39,8 +56,6 @@ def parse(spec: str) -> dict:
 
 def one(preset: str, spec: str, seed: int, folder: Path) -> dict:
     """Train and evaluate one run, or read it when it is there."""
-    import torch
-
     torch.set_num_threads(1)
     chosen = parse(spec)
     folder = folder / f"{re.sub('[@/:]', '_', spec)}_seed{seed}"
@@ -61,19 +76,40 @@ def one(preset: str, spec: str, seed: int, folder: Path) -> dict:
     return {"row": row, "base": result["base"]}
 
 
-def summary(rows: list[dict], columns: tuple[str, ...]) -> str:
-    """Markdown: a line for each kind of run, mean ± standard deviation over its seeds."""
-    lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    for spec in dict.fromkeys(row["run"] for row in rows):
-        mine = [row for row in rows if row["run"] == spec]
-        cells = [
-            f"{mean(v):.3f}" + (f" ± {stdev(v):.3f}" if len(v) > 1 else "")
-            for v in ([float(row[c]) for row in mine] for c in columns)
-        ]
-        method, _, weight = spec.partition(":")
-        label = LABELS.get(method, method) + (f", λ = {weight}" if weight else "")
-        lines.append(f"| {label} | {len(mine)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def scores(runs: list[dict], quality: tuple[str, ...], diversity: tuple[str, ...]) -> list[dict]:
+    """Rows for `metrics.table`: each kind of run with (mean, standard deviation over seeds) in every column.
+
+    Columns are scaled by the range of the means, base model included, as in table 1. Norm.Avg is affine
+    in a run's values, so its mean over seeds is the Norm.Avg of the means, and its spread is the runs'.
+    """
+    kinds = list(dict.fromkeys(row["run"] for row in runs))
+    values = {spec: [row for row in runs if row["run"] == spec] for spec in kinds}
+    columns = {}  # column -> {kind: values over seeds}
+    for group, names in (("quality_norm_avg", quality), ("diversity_norm_avg", diversity)):
+        tables = {spec: torch.tensor([[float(row[c]) for c in names] for row in values[spec]]) for spec in kinds}
+        means = torch.stack([t.mean(0) for t in tables.values()])
+        columns |= {c: {spec: t[:, i].tolist() for spec, t in tables.items()} for i, c in enumerate(names)}
+        columns[group] = {spec: normalized_average(t, over=means).tolist() for spec, t in tables.items()}
+    columns["overall"] = {
+        spec: [(q + d) / 2 for q, d in zip(columns["quality_norm_avg"][spec], columns["diversity_norm_avg"][spec])]
+        for spec in kinds
+    }
+    return [
+        {"name": figures.label(spec), "reference": spec == "base"}
+        | {c: (mean(v[spec]), stdev(v[spec])) if len(v[spec]) > 1 else v[spec][0] for c, v in columns.items()}
+        for spec in kinds
+    ]
+
+
+def front(runs: list[dict], column: str = "feature_variance") -> dict:
+    """The points of `figures.reward_diversity_front`: diversity relative to the base model's, reward, by kind."""
+    base, points = float(runs[0][column]), {}
+    for spec in dict.fromkeys(row["run"] for row in runs[1:]):
+        mine = [row for row in runs if row["run"] == spec]
+        kind, _, weight = spec.partition(":")
+        point = ([float(row[column]) / base for row in mine], [float(row["reward"]) for row in mine])
+        points.setdefault(kind, []).append((weight and f"λ = {weight}", *point))
+    return points
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,15 +148,12 @@ def main(arguments: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, rows[1].keys(), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    columns = (
-        "reward",
-        "feature_variance",
-        "pairwise_distance",
-        "perceptual_entropy",
-        "pixel_variance",
-        "vae_variance",
-    )
-    print(summary(rows, (*columns, *PRESETS[options.preset][0]().measures)))
+    quality, diversity = COLUMNS[options.preset]
+    printed = dict.fromkeys([*quality, "quality_norm_avg", *diversity, "diversity_norm_avg", "overall"], ".3g")
+    for form, name in (("markdown", "table.md"), ("latex", "table.tex"), ("csv", "table.csv")):
+        (options.output_dir / name).write_text(table(scores(rows, quality, diversity), printed, form) + "\n")
+    print((options.output_dir / "table.md").read_text())
+    figures.reward_diversity_front(front(rows)).savefig(options.output_dir / "front.png")
     return 0
 
 

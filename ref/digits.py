@@ -180,13 +180,6 @@ def legibility(judge: nn.Module, images: Tensor, prompts: list[str]) -> float:
     return (judge(images * 2 - 1).argmax(1) == c).float().mean().item()
 
 
-@torch.no_grad()
-def confidence(judge: nn.Module, images: Tensor, prompts: list[str]) -> float:
-    """Mean log-probability (nats) that the judge gives to the digit that the caption asked for."""
-    c = torch.tensor([label(p) for p in prompts])
-    return judge(images * 2 - 1).log_softmax(1)[torch.arange(len(c)), c].mean().item()
-
-
 def load(folder: Path | str = WEIGHTS) -> tuple[SD3, SlantReward, Phi, nn.Module]:
     """(model, reward, encoder, judge), frozen and in eval mode. Raises FileNotFoundError with the remedy."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel

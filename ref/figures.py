@@ -4,6 +4,10 @@ Every scale uses the same functions and the same colour for a method. A training
 `State.metrics` dictionaries, one an iteration.
 """
 
+import re
+
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -31,6 +35,18 @@ LABELS = {
     "pcvae": "PCVAE",
     "naive_kl": "naive KL",
 }
+
+
+def color_of(kind: str) -> str:
+    """The method's colour, whatever space, encoder or weight the run's name adds to it."""
+    return COLORS[re.split("[@/:]", kind)[0]]
+
+
+def label(run: str) -> str:
+    """A run's name METHOD[@SPACE][/ENCODER][:WEIGHT] (compare.py) in words: 'PEC, kernel, λ = 1'."""
+    method, space, encoder, weight = re.fullmatch(r"(\w+)(?:@(\w+))?(?:/(\w+))?(?::(.+))?", run).groups()
+    parts = [LABELS[method], space, encoder and f"φ = {encoder}", weight and f"λ = {weight}"]
+    return ", ".join(part for part in parts if part)
 
 
 def panels(rows: int, columns: int, width: float = 3.6, height: float = 2.8, **options):
@@ -87,6 +103,36 @@ def image_grid(
         line += lines[label]
     if title:
         figure.suptitle(title, y=0.995, va="top", fontsize=11)
+    return figure
+
+
+def collapse(
+    images: dict[str, Tensor], features: dict[str, Tensor], columns: int = 5, notes: dict | None = None
+) -> Figure:
+    """What a fine-tuning did, at a glance: a column for each method, the base model's first.
+
+    Above, images [n, C, H, W] of one prompt from the same noise, n a multiple of `columns`. Below,
+    features [G, K, D] of all prompts around their group's mean, on the base model's two main
+    directions; rings show the root mean square distance, solid the column's, dotted the base model's.
+    """
+    figure, axes = panels(2, len(images), width=2.3, height=2.35, squeeze=False)
+    spread = {key: (phi - phi.mean(1, keepdim=True)).flatten(0, 1) for key, phi in features.items()}
+    directions = torch.linalg.svd(spread["base"], full_matrices=False).Vh[:2].T
+    limit = 1.05 * max((z @ directions).abs().max().item() for z in spread.values())
+    for (above, below), key in zip(axes.T, images):
+        tiles = F.pad(images[key], [images[key].shape[-1] // 8] * 4)
+        mosaic = torch.cat([torch.cat(list(line), 2) for line in tiles.split(columns)], 1)
+        above.imshow(mosaic.permute(1, 2, 0), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")
+        above.set_title(LABELS.get(key, key), color=COLORS[key], fontweight="bold")
+        x, y = (spread[key] @ directions).T
+        below.scatter(x, y, s=3, color=COLORS[key], alpha=0.5, lw=0)
+        for other, style in (("base", ":"), (key, "-")):
+            radius = (spread[other] @ directions).square().sum(1).mean().sqrt().item()
+            circle(below, torch.zeros(2), radius, color=COLORS[other], ls=style, lw=1.6)
+        below.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel=(notes or {}).get(key, ""))
+        for axis in (above, below):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
     return figure
 
 
@@ -153,22 +199,31 @@ def mode_seeking(history: list[dict]) -> Figure:
 
 
 def reward_diversity_front(points: dict[str, list[tuple[str, list[float], list[float]]]]) -> Figure:
-    """Reward against diversity: for each method (key of COLORS) a list of (label, diversities, rewards).
+    """The trade-off: reward over diversity, a line for each kind of run through its dials.
 
-    The two lists hold one number a seed; a point is their mean, its bars one standard deviation, its
-    label the weight. A method's points are joined in the order given.
+    points: kind of run (METHOD[@SPACE][/ENCODER], see `label`) -> (note, diversities, rewards over seeds).
+    A dot is a mean over seeds; the ellipse is the 95 % confidence region of that mean (Hotelling's T^2),
+    drawn where there are at least three seeds.
     """
     import numpy as np
+    from scipy.stats import f
 
-    figure, axis = panels(1, 1, width=5.6, height=4.2)
-    for method, runs in points.items():
-        x, y = (np.array([np.mean(run[i]) for run in runs]) for i in (1, 2))
-        dx, dy = ([np.std(run[i], ddof=1) if len(run[i]) > 1 else 0 for run in runs] for i in (1, 2))
-        axis.errorbar(x, y, dy, dx, color=COLORS[method], marker="o", lw=1.2, capsize=2, label=LABELS[method])
-        for label, a, b in zip([run[0] for run in runs], x, y):
-            axis.annotate(label, (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8, color=COLORS[method])
+    figure, axis = panels(1, 1, width=6.4, height=4.6)
+    markers = iter("os^Dv<>P*X" * len(points))
+    turn = np.linspace(0, 2 * np.pi, 100)
+    for kind, runs in points.items():
+        color = color_of(kind)
+        means = np.array([[np.mean(run[1]), np.mean(run[2])] for run in runs])
+        axis.plot(*means.T, color=color, marker=next(markers), lw=1.2, ms=5, label=label(kind))
+        for (note, x, y), mean in zip(runs, means):
+            axis.annotate(note, mean, textcoords="offset points", xytext=(5, 5), fontsize=7, color=color)
+            if (n := len(x)) >= 3:
+                radius = np.sqrt(2 * (n - 1) / (n * (n - 2)) * f.ppf(0.95, 2, n - 2))
+                spread = np.linalg.cholesky(np.cov(x, y) + 1e-12 * np.eye(2))
+                ring = mean[:, None] + radius * spread @ np.stack([np.cos(turn), np.sin(turn)])
+                axis.fill(*ring, color=color, alpha=0.12, lw=0)
     axis.set(xlabel="feature variance, relative to the base model", ylabel="reward")
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 
@@ -320,7 +375,6 @@ def entropy_law(histories: list[list[dict]], block: int = 20, draws: int = 400, 
     blocks of `block` consecutive iterations. `exact` (H [n], R [n]) is drawn as a dotted theory curve.
     """
     import numpy as np
-    import torch
 
     from ref.perceptual import fit_entropy_law
 

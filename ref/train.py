@@ -57,9 +57,10 @@ def digits(encoder: str | None = None) -> Task:
     model, reward, phi, judge = digits.load()
     model.add_lora(rank=16, alpha=32)
     spaces = digits.encoders(reward, phi)
+    held_out = digits.SlantReward(judge)  # the reward, read by the network that training never sees
     measures = {
         "legibility": lambda images, prompts: digits.legibility(judge, images, prompts),
-        "confidence": lambda images, prompts: digits.confidence(judge, images, prompts),
+        "judge_reward": lambda images, prompts: held_out(images, prompts).mean().item(),
     }
     for space, f in spaces.items():
         measures[f"var_{space}"] = lambda images, prompts, f=f: (
