@@ -1,0 +1,171 @@
+"""Tiny pipelines of the real classes with random weights: whole, on disk, made in a second without a network.
+
+    python -m ref.tiny DIR      # DIR/sd3, DIR/flux, DIR/clip, DIR/dino
+
+`sd3` and `flux` are complete diffusers folders (tokenizers, text encoders, transformer, VAE,
+scheduler), `clip` and `dino` complete transformers folders. They hold nothing that was learnt and
+stand for SD3.5-Medium, FLUX.1-dev, PickScore or CLIP, and DINOv2 wherever code rather than images is
+the question: tests, CI, notebook 07 without a GPU. Structure follows the big models where code can
+depend on it: VAE factor 8 and patches of 2, SD3.5's dual attention and query-key norm, FLUX's
+guidance embedding and dynamic shift, 77 CLIP tokens. Images are 64 x 64 (any multiple of 16).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+WIDTH = 32  # of every transformer here
+
+
+def clip_tokenizer():
+    """Byte-level BPE without merges: one token a byte, as CLIP's tokenizer before it learnt any word."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
+
+
+def t5_tokenizer():
+    """A unigram model of single printable ASCII letters."""
+    from transformers import T5Tokenizer
+
+    letters = [(chr(code), -4.0) for code in range(33, 127)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    return T5Tokenizer(vocabulary, extra_ids=0, model_max_length=512)
+
+
+def clip_text_config(**changes):
+    from transformers import CLIPTextConfig
+
+    tokenizer = clip_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **changes,
+    )  # fmt: skip
+
+
+def t5_encoder():
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer()), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def vae():
+    """Four channels, factor 8. The last layer is made louder: a random decoder would paint everything grey."""
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8, 8, 16, 16], layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.06,
+        sample_size=64, mid_block_add_attention=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.decoder.conv_out.weight.mul_(3)
+    return model
+
+
+def sd3(folder: Path | str, seed: int = 0) -> Path:
+    """A `StableDiffusion3Pipeline` shaped like SD3.5-Medium, saved in `folder`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=32,
+        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(),
+        text_encoder=CLIPTextModelWithProjection(clip_text_config()),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_text_config(hidden_act="gelu")),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder(),
+        tokenizer_3=t5_tokenizer(),
+    ).save_pretrained(folder)
+    return Path(folder)
+
+
+def flux(folder: Path | str, seed: int = 0) -> Path:
+    """A `FluxPipeline` shaped like FLUX.1-dev, saved in `folder`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(),
+        text_encoder=CLIPTextModel(clip_text_config()),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return Path(folder)
+
+
+def clip(folder: Path | str, seed: int = 0) -> Path:
+    """A `CLIPModel` with its processor (32 x 32 pixels), saved in `folder`; PickScore is this class too."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionConfig
+
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+        patch_size=8, projection_dim=16,
+    )  # fmt: skip
+    text = clip_text_config()
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    pixels = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pixels, clip_tokenizer()).save_pretrained(folder)
+    return Path(folder)
+
+
+def dino(folder: Path | str, seed: int = 0) -> Path:
+    """A `Dinov2Model` with its image processor (32 x 32 pixels), saved in `folder`."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    config = Dinov2Config(
+        hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_convert_rgb=True,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(folder)  # fmt: skip
+    return Path(folder)
+
+
+MAKERS = {"sd3": sd3, "flux": flux, "clip": clip, "dino": dino}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ref.tiny", description="Tiny random pipelines, saved as folders.")
+    parser.add_argument("folder", type=Path, help="gets a subfolder for each of " + ", ".join(MAKERS))
+    folder = parser.parse_args(arguments).folder
+    for name, make in MAKERS.items():
+        path = make(folder / name)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        print(f"{path}  {size / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    main()
