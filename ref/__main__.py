@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from ref import figures
+from ref import digits, figures
 from ref.train import PRESETS, run, write_json
 
 RUNS = {"flow_grpo": None, "pec": 1.0, "pcvae": 1.0}  # method -> lambda
@@ -67,9 +67,13 @@ def story(folder: Path, seed: int, iterations: int) -> int:
         images.setdefault("base", result["base_images"])
     print()
     print(table(rows))
-    order = ["base", *RUNS]
-    per_prompt = {figures.LABELS[k]: images[k].unflatten(0, (10, -1))[[2, 4, 7], :12].flatten(0, 1) for k in order}
-    figures.image_grid(per_prompt, columns=12).savefig(folder / "grid.png")
+    images = {k: images[k].unflatten(0, (10, -1)) for k in ("base", *RUNS)}
+    phi = digits.load()[2]
+    features = {k: phi(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for k, v in images.items()}
+    notes = {k: f"feature variance {rows[k]['feature_variance']:.2f}" for k in images}
+    figures.collapse({k: v[4, :25] for k, v in images.items()}, features, 5, notes).savefig(folder / "collapse.png")
+    lines = {figures.LABELS[k]: v[[2, 4, 7], :12].flatten(0, 1) for k, v in images.items()}
+    figures.image_grid(lines, columns=12).savefig(folder / "grid.png")
     figures.training_curves(histories).savefig(folder / "curves.png")
     figures.entropy_paradox(histories["flow_grpo"]).savefig(folder / "paradox.png")
     write_json(folder / "metrics.json", rows)

@@ -1,6 +1,7 @@
 """Perceptual entropy and the metrics against NumPy, SciPy, brute force and the paper's tables."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ref.metrics import feature_variance, mean_pairwise_distance, normalized_average, overall, vendi_score
+from ref.metrics import feature_variance, mean_pairwise_distance, normalized_average, overall, table, vendi_score
 from ref.perceptual import (
     calibrate,
     fit_entropy_law,
@@ -120,3 +121,37 @@ def test_norm_avg_and_overall_reproduce_the_papers_tables(name, tolerance):
 def test_norm_avg_leaves_missing_values_out():
     values = torch.tensor([[0.0, 5.0], [1.0, float("nan")], [0.5, 7.0]])
     torch.testing.assert_close(normalized_average(values), torch.tensor([0.0, 1.0, 0.75], dtype=torch.float64))
+
+
+ROWS = [
+    {"name": "base model", "reference": True, "a": 9.0, "b": 9.0},
+    {"name": "one", "a": (0.51, 0.1), "b": 3.0},
+    {"name": "two", "a": (0.749, 0.2), "b": None},
+    {"name": "three", "a": (0.751, 0.3), "b": 1.0},
+]
+
+
+def test_table_marks_best_and_second_best_and_the_reference_does_not_compete():
+    lines = table(ROWS, {"a": ".3f", "b": ".0f"}).splitlines()
+    assert lines[0] == "|  | a | b |" and lines[2] == "| base model | 9.000 | 9 |"
+    assert lines[3] == "| one | 0.510 ± 0.100 | **3** |"
+    assert lines[4] == "| two | <u>0.749 ± 0.200</u> | – |"
+    assert lines[5] == "| three | **0.751 ± 0.300** | <u>1</u> |"
+
+
+def test_equal_printed_values_share_their_mark():
+    assert table(ROWS, {"a": ".2f"}).count("**0.75") == 2  # 0.749 and 0.751
+
+
+def test_table_in_latex_and_csv():
+    latex = table(ROWS, {"a": ".2f", "b": ".0f"}, "latex")
+    assert r"one & \underline{0.51 $\pm$ 0.10} & \textbf{3} \\" in latex and latex.endswith(r"\end{tabular}")
+    rows = list(csv.DictReader(io.StringIO(table(ROWS, {"a": ".2f", "b": ".0f"}, "csv"))))
+    assert rows[1] == {"name": "one", "a": "0.51", "a_std": "0.1", "b": "3"} and rows[2]["b"] == ""
+    with pytest.raises(ValueError, match="csv or markdown or latex, got 'html'"):
+        table(ROWS, {"a": ".2f"}, "html")
+
+
+def test_norm_avg_over_another_tables_range():
+    over = torch.tensor([[0.0, 10.0], [2.0, 20.0]])
+    assert normalized_average(torch.tensor([[1.0, 30.0]]), over).item() == pytest.approx((0.5 + 2.0) / 2)

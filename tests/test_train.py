@@ -174,6 +174,7 @@ def test_the_main_job_writes_its_table_figures_and_weights(tmp_path, capsys):
     first = capsys.readouterr().out
     assert [line.split("  ")[0].strip() for line in first.splitlines() if "Flow-GRPO" in line or "PEC" in line]
     for name in (
+        "collapse.png",
         "grid.png",
         "curves.png",
         "paradox.png",

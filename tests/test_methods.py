@@ -1,0 +1,203 @@
+"""Every method: its gradient against autograd of the definition, its limit at dial 0, its selection."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from ref.grpo import Settings, train, trainable
+from ref.methods import METHODS, SPACES, Group, Step, covariance
+from ref.metrics import feature_variance
+from ref.mixture import MixtureFlow, ring, tilted
+
+CLIP = 0.05
+WITH_SPACE = [name for name, method in METHODS.items() if method.default_space]
+
+
+def a_group(seed=0, G=3, K=6, S=4, D=5):
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64)  # noqa: E731
+    return Group(draw(G, K), draw(G, K, D), 0.7, draw(G, K, S), 1 + 0.3 * draw(S), torch.Generator().manual_seed(seed))
+
+
+def a_step(theta, seed=0, B=8, d=3):
+    """A micro-batch whose policy mean is theta + const, a little off the sampling policy."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64)  # noqa: E731
+    std, old_mean = torch.tensor(0.5, dtype=torch.float64), draw(B, d)
+    mean, x = old_mean + theta, old_mean + 0.5 * draw(B, d)
+    log_prob = lambda m: MultivariateNormal(m, std**2 * torch.eye(d, dtype=m.dtype)).log_prob(x) / d  # noqa: E731
+    pair = (draw(B) > 0).double()
+    return Step(log_prob(mean), log_prob(old_mean), draw(B), pair, mean, old_mean, draw(B, d), std)
+
+
+def gradient(loss, at=(0.02, -0.01, 0.03)):
+    theta = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(loss(theta), theta)[0]
+
+
+def gaussian(mean, std):
+    return MultivariateNormal(mean, std**2 * torch.eye(mean.shape[-1], dtype=mean.dtype))
+
+
+def clipped(step, low=1 - CLIP, high=1 + CLIP):
+    """The PPO objective, pair by pair, by cases: no gradient once the ratio has gone far enough the advantage's way."""
+    ratio = (step.log_prob - step.old_log_prob).exp()
+    return torch.stack(
+        [-a * (high if a > 0 and r > high else low if a < 0 and r < low else r) for r, a in zip(ratio, step.advantage)]
+    )
+
+
+def definition(name, step, weight):
+    """The losses as their sources write them, with torch.distributions in place of our own formulas."""
+    d, ratio = step.mean.shape[1], (step.log_prob - step.old_log_prob).exp()
+    to = lambda other: kl_divergence(gaussian(step.mean, step.std), gaussian(other, step.std)) / d  # noqa: E731
+    ppo = clipped(step)
+    return {
+        "flow_grpo": lambda: ppo.mean(),
+        "pec": lambda: ppo.mean(),
+        "pcvae": lambda: ppo.mean(),
+        "flow_grpo_kl": lambda: (ppo + weight * to(step.reference_mean)).mean(),
+        "clip_higher": lambda: clipped(step, high=1 + (1 + weight) * CLIP).mean(),
+        "entropy_reg": lambda: (ppo - weight * ratio * step.pair).mean(),
+        "clip_cov": lambda: ppo[step.pair == 1].sum() / len(ppo),
+        "kl_cov": lambda: ppo.mean() + weight * to(step.old_mean)[step.pair == 1].sum() / len(ppo),
+        "naive_kl": lambda: ppo.mean() - weight * step.log_prob.mean(),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("at", [(0.02, -0.01, 0.03), (0.6, -0.5, 0.4)], ids=["near", "clipped"])
+def test_gradient_is_that_of_the_definition(name, at):
+    method = METHODS[name](0.4, clip=CLIP)
+    ours = gradient(lambda theta: method.loss(a_step(theta)), at)
+    torch.testing.assert_close(
+        ours, gradient(lambda theta: definition(name, a_step(theta), 0.4), at), rtol=1e-12, atol=0
+    )
+    if name not in ("flow_grpo", "pec", "pcvae"):
+        step = a_step(torch.tensor(at, dtype=torch.float64))
+        others = gradient(lambda theta: METHODS["flow_grpo"](clip=CLIP).loss(a_step(theta)), at)
+        differs = (ours - others).abs().max() > 1e-6
+        room = ((step.ratio > 1 + CLIP) & (step.ratio < 1 + 1.4 * CLIP) & (step.advantage > 0)).any()
+        assert differs or (name == "clip_higher" and not room)
+
+
+def test_clip_higher_leaves_room_upwards_only():
+    method = METHODS["clip_higher"](0.4, clip=0.1)
+    one = torch.ones(1, dtype=torch.float64)
+
+    def slope(ratio, advantage):
+        log_prob = torch.tensor([ratio], dtype=torch.float64).log().requires_grad_()
+        step = Step(log_prob, 0 * one, advantage * one, one, one, one, None, one)
+        return torch.autograd.grad(method.loss(step), log_prob)[0].item()
+
+    assert slope(1.12, 1) != 0 and slope(1.15, 1) == 0  # up to 1 + 1.4 eps
+    assert slope(0.92, -1) != 0 and slope(0.88, -1) == 0  # down to 1 - eps
+    assert METHODS["flow_grpo"](clip=0.1).high < 1.12
+
+
+@pytest.mark.parametrize("name, space", [(n, s) for n in METHODS for s in (SPACES if n in WITH_SPACE else [None])])
+def test_dial_zero_is_flow_grpo_to_the_bit(name, space):
+    """Three iterations on the mixture: every trained weight has the same bits."""
+
+    def weights(method):
+        world = ring(4)
+        model = MixtureFlow(world)
+        settings = Settings(iterations=3, groups=2, group_size=6, lr=1e-2, clip=0.2, steps=4)
+        encoder = torch.nn.functional.normalize
+        for _ in train(model, [""] * 2, tilted(world, torch.linspace(0, 1, 4)), encoder, method, settings):
+            pass
+        return {k: v.detach().clone() for k, v in trainable(model).items()}
+
+    plain = weights(METHODS["flow_grpo"](clip=0.2))
+    dialled = weights(METHODS[name](0.0, clip=0.2, space=space))
+    assert all(torch.equal(plain[k], dialled[k]) for k in plain)
+
+
+def test_entropy_regularisation_follows_the_entropy_gradient():
+    """The bonus's mean of b dlog p_theta/dtheta is dH_perc/dtheta in closed form.
+
+    One latent, x ~ N(theta, s^2), feature phi = x^2: H_perc = Var(phi) / (2 h^2) + const, and with the
+    large group's mean m as a constant, d Var / d theta = E[(phi - m)^2 (x - theta) / s^2].
+    """
+    theta, s, h = 0.7, 0.4, 0.9
+    x = torch.linspace(theta - 8 * s, theta + 8 * s, 20001, dtype=torch.float64)
+    p = torch.exp(-0.5 * ((x - theta) / s) ** 2)
+    p = p / p.sum()
+    phi = x.square()
+    exact = (8 * theta * s**2) / (2 * h**2)  # Var(x^2) = 2 s^4 + 4 theta^2 s^2
+    n = 400_000  # a group whose empirical law is p, by quantiles
+    quantiles = torch.distributions.Normal(theta, s).icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    score = (quantiles - theta) / s**2
+    group = Group(torch.zeros(1, n), quantiles.square()[None, :, None], h, score[None, :, None], torch.ones(1))
+    bonus = METHODS["entropy_reg"](space="perceptual").select(group, torch.zeros(1, n, 1))[0, :, 0]
+    assert (bonus * score).mean().item() == pytest.approx(exact, rel=1e-4)
+    mean = (p * phi).sum()
+    assert (p * (phi - mean) ** 2 * (x - theta) / s**2).sum().item() / (2 * h**2) == pytest.approx(exact, rel=1e-9)
+    plain = METHODS["entropy_reg"](space="latent").select(group, torch.zeros(1, n, 1))[0, :, 0]
+    assert abs((plain - bonus).abs().max().item()) > 0.1  # the space matters
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("weight", [0.0, 0.02, 0.1, 0.5, 1.0])
+def test_clip_cov_drops_an_exact_fraction_of_high_covariance(space, weight):
+    group = a_group(G=5, K=10, S=4)
+    advantages = torch.randn(5, 10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    keep = METHODS["clip_cov"](weight, space=space).select(group, advantages)
+    assert (keep == 0).sum() == round(weight * 200) and ((keep == 0) | (keep == 1)).all()
+    value = covariance(group.log_prob(space), advantages).flatten()
+    threshold = value.sort(descending=True).values[round(max(0.2, weight) * 200) - 1]
+    assert (value[keep.flatten() == 0] >= threshold).all()
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_kl_cov_takes_the_top_fifth(space):
+    group = a_group(G=5, K=10, S=4)
+    advantages = torch.randn(5, 10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    chosen = METHODS["kl_cov"](space=space).select(group, advantages).flatten() == 1
+    value = covariance(group.log_prob(space), advantages).flatten()
+    assert chosen.sum() == 40 and value[chosen].min() >= value[~chosen].max()
+
+
+def test_covariances_are_centred_per_step():
+    """A step's own log-density scale, a constant added to all its pairs, cannot attract the selection."""
+    group, advantages = a_group(), torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    shift = torch.tensor([100.0, -3.0, 0.0, 7.0], dtype=torch.float64)
+    moved = dataclasses.replace(group, policy_log_prob=group.policy_log_prob + shift)
+    chosen = METHODS["kl_cov"]().select(group, advantages)
+    assert torch.equal(chosen, METHODS["kl_cov"]().select(moved, advantages + 5 * shift))
+    value = covariance(group.policy_log_prob, advantages)
+    covariances = [
+        torch.cov(torch.stack([group.policy_log_prob[..., s].flatten(), advantages[..., s].flatten()]), correction=0)[
+            0, 1
+        ]
+        for s in range(4)
+    ]
+    torch.testing.assert_close(value.mean((0, 1)), torch.stack(covariances))
+
+
+def test_perceptual_twins_look_at_features():
+    advantages = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for name in ("entropy_reg", "clip_cov", "kl_cov"):
+        picks = [METHODS[name](0.1, space=space).select(a_group(), advantages) for space in SPACES]
+        assert all(not torch.equal(p, q) for p, q in itertools.combinations(picks, 2))
+
+
+@pytest.mark.parametrize("space", ["perceptual", "kernel"])
+def test_pec_pays_for_being_unlike_the_group(space):
+    group = a_group()
+    group.features[:, 0] += 50  # the first sample of each group stands apart
+    gain = METHODS["pec"](1.0, space=space).shape(group) - group.reward[..., None]
+    assert (gain.argmax(1) == 0).all()
+    assert feature_variance(group.features).min() > 100
+
+
+def test_spaces_and_weights_out_of_range():
+    with pytest.raises(ValueError, match="takes no space, got space 'latent'"):
+        METHODS["flow_grpo"](space="latent")
+    with pytest.raises(ValueError, match="latent or perceptual or kernel, got space 'pixels'"):
+        METHODS["pec"](space="pixels")
+    with pytest.raises(ValueError, match="<= 1.0, got 1.5"):
+        METHODS["clip_cov"](1.5)
