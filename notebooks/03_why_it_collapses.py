@@ -137,6 +137,22 @@ curves = {
 }
 figures.modes_left(curves, 6)
 
+# %% [markdown]
+# The same two trainings as a film: 512 samples at every few iterations, rings as dark as their mode's reward.
+
+# %%
+from IPython.display import Image
+
+frames = [
+    figures.particles(
+        {"flat reward": runs["flat"][0][2][i], f"tilted reward, iteration {i + 1}": runs["tilted"][0][2][i]},
+        world.means,
+        gaps,
+    )
+    for i in range(0, ITERATIONS, max(1, ITERATIONS // 26))
+]
+Image(figures.movie(frames), format="gif")
+
 # %%
 left = {key: [effective_modes(run[3][-5:].mean(0)).item() for run in runs[key]] for key in runs}
 print({key: [f"{x:.2f}" for x in values] for key, values in left.items()})

@@ -477,3 +477,21 @@ def particles(clouds: dict[str, Tensor], centres: Tensor, value: Tensor | None =
         axis.set(title=label, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     return figure
+
+
+def movie(frames: list[Figure], seconds: float = 6.0) -> bytes:
+    """An animated GIF of figures of one size; show it with `IPython.display.Image(data, format="gif")`."""
+    from io import BytesIO
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    pictures, buffer = [], BytesIO()
+    for figure in frames:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        picture = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
+        pictures.append(picture.quantize(32))
+    pace = [int(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [1500]  # rest on the last frame
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=pace, loop=0)
+    return buffer.getvalue()
