@@ -32,15 +32,26 @@ from ref.methods import METHODS
 from ref.metrics import normalized_average, table
 from ref.train import PRESETS, run, write_json
 
-# Quality and diversity columns, higher is better. The judge and the spaces other than the run's own
-# phi are seen by nothing in training.
+# Quality and diversity columns with their formats; higher is better. The judge, and the spaces other
+# than the run's own phi, are seen by nothing in training.
 COLUMNS = {
-    "mixture": (("reward",), ("feature_variance", "pairwise_distance", "effective_modes", "pixel_variance")),
+    "mixture": (
+        {"reward": ".3f"},
+        {"feature_variance": ".3f", "pairwise_distance": ".3f", "effective_modes": ".2f", "pixel_variance": ".2f"},
+    ),
     "digits": (
-        ("reward", "judge_reward", "legibility"),
-        ("var_contrastive", "var_reader", "var_random", "pairwise_distance", "vae_variance", "pixel_variance"),
+        {"reward": ".3f", "judge_reward": ".3f", "legibility": ".3f"},
+        {"var_contrastive": ".3f", "var_reader": ".3f", "var_random": ".5f"}
+        | {"pairwise_distance": ".2f", "vae_variance": ".1f", "pixel_variance": ".2f"},
     ),
 }
+
+
+def twin(runs: list[dict], preset: str, form: str = "markdown") -> str:
+    """Table 1's twin at this scale, from the lines of runs.csv."""
+    quality, diversity = COLUMNS[preset]
+    columns = quality | {"quality_norm_avg": ".3f"} | diversity | {"diversity_norm_avg": ".3f", "overall": ".3f"}
+    return table(scores(runs, tuple(quality), tuple(diversity)), columns, form)
 
 
 def parse(spec: str) -> dict:
@@ -148,10 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, rows[1].keys(), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    quality, diversity = COLUMNS[options.preset]
-    printed = dict.fromkeys([*quality, "quality_norm_avg", *diversity, "diversity_norm_avg", "overall"], ".3g")
     for form, name in (("markdown", "table.md"), ("latex", "table.tex"), ("csv", "table.csv")):
-        (options.output_dir / name).write_text(table(scores(rows, quality, diversity), printed, form) + "\n")
+        (options.output_dir / name).write_text(twin(rows, options.preset, form) + "\n")
     print((options.output_dir / "table.md").read_text())
     figures.reward_diversity_front(front(rows)).savefig(options.output_dir / "front.png")
     return 0
