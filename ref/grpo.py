@@ -11,18 +11,17 @@ One iteration, for G prompts with K samples each (B = G K, sample b = g K + k) a
 
 Randomness is a function of (seed, iteration, prompt group) alone, so there is no generator state to
 save, no member of a group can get another's noise, and how samples are cut into micro-batches or
-spread over processes does not change them. Rollout and update cut the batch in the same places:
-the same kernels run on the same shapes, and the first update of an iteration has ratio exactly 1
-(`metrics["ratio_error"]` watches it).
+spread over processes (layout.py) does not change them. Rollout and update cut the batch in the
+same places: the same kernels run on the same shapes, and the first update of an iteration has ratio
+exactly 1 (`metrics["ratio_error"]` watches it).
 
 Departures from Flow-GRPO's code: one deterministic last step; a zero-spread group gets advantage
 exactly 0; the group's noise is drawn per group.
 """
 
-import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -30,10 +29,12 @@ from torch import Tensor
 
 from ref import metrics
 from ref.entropy import policy_entropy
+from ref.layout import Share, chunks, deal, generator_for, over_processes, pick_prompts, processes, sum_gradients
 from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, perceptual_entropy
 from ref.policy import Trajectory, gaussian_log_prob, rollout
 from ref.schedule import KINDS, FlowSchedule
+from ref.stopwatch import Stopwatch
 
 
 @dataclass
@@ -44,17 +45,20 @@ class Settings:
     groups: int = 10  # G, prompts an iteration
     group_size: int = 16  # K, samples a prompt
     updates: int = 2  # optimiser steps an iteration; each sees groups / updates whole groups
-    micro_batch: int = 1024  # samples in one forward pass
+    micro_batch: int = 1024  # samples in one forward pass; gradients accumulate over an optimiser step's
     steps: int = 10  # N, denoising steps
     kind: str = "flow_sde"  # kernel, see schedule.py
     noise_level: float = 0.7  # eta of the kernel
     window: int | None = None  # train only this many consecutive steps, placed anew each iteration
+    trained: float = 1.0  # train this share of the steps, from the noise on (DanceGRPO 0.6); all are stochastic
+    same_noise: bool = False  # the members of a group start from the same x_0 (DanceGRPO)
     lr: float = 3e-4  # AdamW's learning rate
     lr_schedule: str = "constant"  # constant, or cosine: falling to 0 at the last iteration
     clip: float = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
     advantage_clip: float = 5.0  # advantages are clipped to +- this
     std_normalize: bool = True  # divide advantages by the group's standard deviation
     grad_clip: float = 1.0  # largest gradient norm
+    ema: float = 0.0  # decay, once an optimiser step, of the averaged weights that are evaluated and saved; 0 is off
     omega: str = "uniform"  # weights over steps of PEC and PCVAE: uniform, or variance (proportional to s_i^2)
     seed: int = 0
 
@@ -70,6 +74,10 @@ class Settings:
             raise ValueError(
                 f"window must lie in 1..{self.steps - 1} (the last step is deterministic), got {self.window}"
             )
+        if not (0 < self.trained <= 1 and 0 <= self.ema < 1):
+            raise ValueError(f"trained must lie in (0, 1] and ema in [0, 1), got {self.trained} and {self.ema}")
+        if self.trained < 1 and self.window is not None:
+            raise ValueError("window and trained both choose the steps to train; give one of them")
         choices = dict(kind=KINDS, omega=("uniform", "variance"), lr_schedule=("constant", "cosine"))
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -78,10 +86,10 @@ class Settings:
 
 @dataclass
 class Samples:
-    """Whole groups of finished samples. B = G K, group-major."""
+    """Whole groups of finished samples, this process's. B = G K, group-major."""
 
     prompts: list[str]  # [B]
-    conditioning: dict[str, Tensor]
+    conditioning: dict[str, Tensor]  # [G, ...]
     trajectory: Trajectory
     images: Tensor  # [B, C, H, W]
 
@@ -92,12 +100,16 @@ class Samples:
 
 @dataclass
 class State:
-    """What `train` yields. The first block is saved in checkpoints, the second is for looking at."""
+    """What `train` yields. The first block is saved in checkpoints, the second is for looking at.
+
+    Every process has the same state, but for `samples`, which are its own.
+    """
 
     model: object
     optimizer: torch.optim.Optimizer
     iteration: int = 0
     bandwidth: float | None = None
+    ema: dict[str, Tensor] | None = None  # averaged weights, by name
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: Samples | None = None
@@ -111,14 +123,29 @@ class State:
             "bandwidth": self.bandwidth,
             "weights": trainable(self.model),
             "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema,
         }
 
     def load_state_dict(self, saved: dict) -> None:
         self.iteration, self.bandwidth = saved["iteration"], saved["bandwidth"]
-        with torch.no_grad():
-            for name, parameter in trainable(self.model).items():
-                parameter.copy_(saved["weights"][name])
+        assign(trainable(self.model), saved["weights"])
+        if self.ema is not None:
+            assign(self.ema, saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
+
+    @contextmanager
+    def averaged(self):
+        """Within this context the model has its averaged weights, where the run keeps such."""
+        if self.ema is None:
+            yield
+            return
+        weights = trainable(self.model)
+        before = copied(weights)
+        assign(weights, self.ema)
+        try:
+            yield
+        finally:
+            assign(weights, before)
 
 
 def trainable(model) -> dict[str, Tensor]:
@@ -126,56 +153,69 @@ def trainable(model) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: w.detach().clone() for name, w in weights.items()}
+
+
+@torch.no_grad()
+def assign(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Overwrite `weights` in place."""
+    for name, weight in weights.items():
+        weight.copy_(values[name])
+
+
 def start(model, settings: Settings) -> State:
     """A fresh state: AdamW over the trainable weights."""
-    return State(model, torch.optim.AdamW(trainable(model).values(), lr=settings.lr, weight_decay=0.0))
-
-
-def generator_for(*key) -> torch.Generator:
-    """A CPU generator whose seed is a hash of the key."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def pick_prompts(prompts: list[str], settings: Settings, iteration: int) -> list[str]:
-    """The G prompts of an iteration: the list shuffled anew each time it is used up."""
-    first = iteration * settings.groups
-    picked, shuffled = [], {}
-    for n in range(first, first + settings.groups):
-        epoch, place = divmod(n, len(prompts))
-        if epoch not in shuffled:
-            shuffled[epoch] = torch.randperm(
-                len(prompts), generator=generator_for(settings.seed, "epoch", epoch)
-            ).tolist()
-        picked.append(prompts[shuffled[epoch][place]])
-    return picked
-
-
-def chunks(groups: int, group_size: int, updates: int, micro_batch: int) -> list[list[Tensor]]:
-    """Sample indices, first by optimiser step (whole groups), then by micro-batch."""
-    parts = torch.arange(groups * group_size).view(groups, group_size).tensor_split(updates)
-    return [list(part.flatten().split(micro_batch)) for part in parts]
+    weights = trainable(model)
+    optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=0.0)
+    return State(model, optimizer, ema=copied(weights) if settings.ema else None)
 
 
 @torch.no_grad()
 def sample(
-    model, prompts: list[str], group_size: int, schedule: FlowSchedule, key: tuple, layout: list[Tensor] | None = None
+    model,
+    prompts: list[str],
+    group_size: int,
+    schedule: FlowSchedule,
+    key: tuple,
+    layout: list[Tensor] | None = None,
+    groups: list[int] | None = None,
+    same_noise: bool = False,
 ) -> Samples:
-    """K = group_size samples of each prompt. `key` seeds the noise; `layout` lists the micro-batches."""
+    """K = group_size samples of each prompt. `key` and the group's number seed its noise.
+
+    layout lists the micro-batches (default: one); groups the numbers of the prompts' groups (0, 1, ...).
+    """
     repeated = [p for p in prompts for _ in range(group_size)]
-    conditioning = model.encode(repeated)
+    conditioning = model.encode(prompts)
     shape = (len(schedule) + 1, group_size, *model.latent_shape)
-    noise = torch.cat([torch.randn(shape, generator=generator_for(*key, g)) for g in range(len(prompts))], dim=1)
-    noise = noise.to(next(iter(conditioning.values())).device)
+    noise = torch.stack(
+        [torch.randn(shape, generator=generator_for(*key, g)) for g in groups or range(len(prompts))], dim=1
+    )
+    if same_noise:
+        noise[0] = noise[0, :, :1]
+    noise = noise.flatten(1, 2).to(next(iter(conditioning.values())).device)
     parts = []
     for rows in layout or [torch.arange(len(repeated))]:
-        part = {name: value[rows] for name, value in conditioning.items()}
+        part = {name: value[rows // group_size] for name, value in conditioning.items()}
         parts.append(
             rollout(lambda x, sigma: model.velocity(x, sigma, part), schedule, noise[0, rows], eps=noise[1:, rows])
         )
     x, mean, log_prob = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("x", "mean", "log_prob"))
     trajectory = Trajectory(x, mean, log_prob, schedule.steps)
     return Samples(repeated, conditioning, trajectory, model.decode(trajectory.x[-1]))
+
+
+def draw(
+    model, prompts: list[str], schedule: FlowSchedule, settings: Settings, share: Share, key: tuple, layout: list
+) -> Samples:
+    """This process's samples of an iteration, with the trajectory's densities of the trained steps."""
+    mine = [prompts[g] for g in share.mine]
+    rows = [rows for part in layout for rows in part]
+    samples = sample(model, mine, settings.group_size, schedule, key, rows, share.mine, settings.same_noise)
+    path, S = samples.trajectory, sum(i < settings.trained * settings.steps for i in schedule.steps)
+    samples.trajectory = Trajectory(path.x, path.mean[:S], path.log_prob[:S], path.steps[:S])
+    return samples
 
 
 def checked(values: Tensor, what: str, prompts: list[str]) -> Tensor:
@@ -195,9 +235,9 @@ def advantages(reward: Tensor, clip: float = 5.0, std_normalize: bool = True) ->
     return centred.masked_fill(flat, 0).clamp(-clip, clip)
 
 
-def step_weights(schedule: FlowSchedule, omega: str) -> Tensor:
-    """omega_t of the stochastic steps, [S], mean 1."""
-    variance = schedule.std[list(schedule.steps)].square()
+def step_weights(schedule: FlowSchedule, omega: str, steps: tuple[int, ...] | None = None) -> Tensor:
+    """omega_t of the trained steps (default: all stochastic ones), [S], mean 1."""
+    variance = schedule.std[list(steps or schedule.steps)].square()
     return variance / variance.mean() if omega == "variance" else torch.ones_like(variance)
 
 
@@ -207,13 +247,23 @@ def learning_rate(settings: Settings, iteration: int) -> float:
     return settings.lr * (0.5 + 0.5 * math.cos(math.pi * iteration / settings.iterations) if falls else 1)
 
 
+def scores(network: Callable, samples: Samples, share: Share, *inputs) -> Tensor:
+    """What a reward model or encoder says of the samples, of all processes, [G, K, ...].
+
+    Raises ValueError naming network and prompt for a NaN or infinite value.
+    """
+    values = checked(network(*inputs), name(network), samples.prompts).to(samples.images.device)
+    return share.gather(values.unflatten(0, (len(share.mine), -1)))
+
+
 def calibrate_on(model, prompts: list[str], encoder: Callable[[Tensor], Tensor], settings: Settings) -> float:
     """The bandwidth h from one round of the policy's samples, to be called before anything is trained."""
     schedule = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
+    share = deal(settings.groups, settings.updates)
     picked = pick_prompts(prompts, settings, 0)
-    samples = sample(model, picked, settings.group_size, schedule, (settings.seed, "calibrate"))
-    features = checked(encoder(samples.images), name(encoder), samples.prompts)
-    return calibrate(features.unflatten(0, (len(picked), settings.group_size)))
+    layout = chunks(len(share.mine), settings.group_size, 1, settings.micro_batch)
+    samples = draw(model, picked, schedule, settings, share, (settings.seed, "calibrate"), layout)
+    return calibrate(scores(encoder, samples, share, samples.images))
 
 
 def train(
@@ -232,14 +282,14 @@ def train(
     """
     state = state or start(model, settings)
     full = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
-    layout = chunks(settings.groups, settings.group_size, settings.updates, settings.micro_batch)
-    groups = (settings.groups, settings.group_size)
+    share = deal(settings.groups, settings.updates)
+    layout = chunks(len(share.mine), settings.group_size, settings.updates, settings.micro_batch)
 
     if state.bandwidth is None:
         state.bandwidth = calibrate_on(model, prompts, encoder, settings)
 
     while state.iteration < settings.iterations:
-        began, schedule = time.perf_counter(), full
+        lap, schedule = Stopwatch(), full
         if settings.window is not None:  # one window for all groups
             generator = generator_for(settings.seed, state.iteration, "window")
             schedule = full.windowed(
@@ -247,52 +297,36 @@ def train(
             )
 
         picked = pick_prompts(prompts, settings, state.iteration)
-        samples = sample(
-            model,
-            picked,
-            settings.group_size,
-            schedule,
-            (settings.seed, state.iteration),
-            [c for part in layout for c in part],
-        )
-        state.reward = checked(reward(samples.images, samples.prompts), name(reward), samples.prompts).unflatten(
-            0, groups
-        )
-        state.features = checked(encoder(samples.images), name(encoder), samples.prompts).unflatten(0, groups)
+        samples = draw(model, picked, schedule, settings, share, (settings.seed, state.iteration), layout)
+        lap("sample")
+        state.reward = scores(reward, samples, share, samples.images, samples.prompts)
+        lap("reward")
+        state.features = scores(encoder, samples, share, samples.images)
+        lap("features")
 
+        log_prob = samples.trajectory.log_prob.T.unflatten(0, (len(share.mine), -1))
         group = Group(
             state.reward,
             state.features,
             state.bandwidth,
-            samples.trajectory.log_prob.T.unflatten(0, groups),
-            step_weights(schedule, settings.omega).to(state.reward),
+            share.gather(log_prob),
+            step_weights(schedule, settings.omega, samples.trajectory.steps).to(state.reward),
             generator_for(settings.seed, state.iteration, "select"),
         )
         state.advantages = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize)
         pairs = method.select(group, state.advantages)
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = learning_rate(settings, state.iteration)
-        logs = [
-            update(
-                model,
-                method,
-                schedule,
-                samples,
-                state.advantages.flatten(0, 1),
-                pairs.flatten(0, 1),
-                part,
-                state,
-                settings,
-            )
-            for part in layout
-        ]
+        mine = [values[share.mine].flatten(0, 1) for values in (state.advantages, pairs)]
+        logs = [update(model, method, schedule, samples, *mine, part, state, settings) for part in layout]
+        lap("update")
         state.iteration += 1
         state.samples = samples
-        state.metrics = measure(state, schedule, full) | {
+        state.metrics = measure(state, group, full, share) | {
             "ratio_error": logs[0]["ratio_error"],
             "clip_fraction": sum(log["clip_fraction"] for log in logs) / len(logs),
             "grad_norm": sum(log["grad_norm"] for log in logs) / len(logs),
-            "seconds": time.perf_counter() - began,
+            **lap.metrics(),
         }
         yield state
 
@@ -309,12 +343,13 @@ def update(
     settings: Settings,
 ) -> dict[str, float]:
     """One optimiser step on the samples listed in `part`; advantage and pair are [B, S]."""
-    trajectory, total = samples.trajectory, sum(map(len, part)) * len(schedule.steps)
+    trajectory = samples.trajectory
+    total = sum(map(len, part)) * len(trajectory.steps) * processes()
     state.optimizer.zero_grad(set_to_none=True)
-    ratio_error, clipped = torch.zeros(()), torch.zeros(())
+    ratio_error, clipped = torch.zeros((), device=advantage.device), torch.zeros((), device=advantage.device)
     for rows in part:
-        conditioning = {key: value[rows] for key, value in samples.conditioning.items()}
-        for s, i in enumerate(schedule.steps):
+        conditioning = {key: value[rows // settings.group_size] for key, value in samples.conditioning.items()}
+        for s, i in enumerate(trajectory.steps):
             x, sigma, std = trajectory.x[i, rows], schedule.sigmas[i], schedule.std[i]
             mean = schedule.mean(x, model.velocity(x, sigma, conditioning), i)
             reference_mean = None
@@ -335,11 +370,19 @@ def update(
             with torch.no_grad():
                 ratio_error = torch.maximum(ratio_error, (step.ratio - 1).abs().max())
                 clipped = clipped + ((step.ratio < method.low) | (step.ratio > method.high)).sum()
-    norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.grad_clip)
+    weights = trainable(model)
+    sum_gradients(weights.values())
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), settings.grad_clip)
     if not norm.isfinite():
         raise ValueError("the gradient is NaN or infinite; lower lr or noise_level, or raise the precision")
     state.optimizer.step()
-    return {"ratio_error": ratio_error.item(), "clip_fraction": clipped.item() / total, "grad_norm": norm.item()}
+    for key, average in (state.ema or {}).items():
+        average.lerp_(weights[key].detach(), 1 - settings.ema)
+    return {
+        "ratio_error": over_processes(ratio_error, largest=True),
+        "clip_fraction": over_processes(clipped) / total,
+        "grad_norm": norm.item(),
+    }
 
 
 def name(network) -> str:
@@ -348,29 +391,32 @@ def name(network) -> str:
 
 
 @torch.no_grad()
-def measure(state: State, schedule: FlowSchedule, full: FlowSchedule) -> dict[str, float]:
-    """The numbers of an iteration. Entropies are per dimension, in nats.
+def measure(state: State, group: Group, full: FlowSchedule, share: Share) -> dict[str, float]:
+    """The numbers of an iteration, of all processes' samples. Entropies are per dimension, in nats.
 
     policy_entropy is the closed form of P01 over the full schedule, policy_entropy_mc the estimate
     -mean log p_theta of this iteration's steps; p_max and p_min are figure 2's advantage
     probabilities, read as the softmax of a group's raw rewards (temperature 1): that of normalised
     advantages cannot converge (proofs/P07).
     """
-    groups = state.reward.shape
-    samples, latents = state.samples, state.samples.latents
-    probability = state.reward.softmax(1)
-    dim = latents[0].numel()
+    samples, probability = state.samples, state.reward.softmax(1)
+    dim = samples.latents[0].numel()
+
+    def variance(values: Tensor) -> float:
+        groups = values.flatten(1).unflatten(0, (len(share.mine), -1))
+        return share.gather(metrics.feature_variance(groups)).mean().item()
+
     return {
         "iteration": state.iteration,
         "reward": state.reward.mean().item(),
         "reward_std": state.reward.std(1).mean().item(),
         "policy_entropy": policy_entropy(full, dim, "mean")[list(full.steps)].mean().item(),
-        "policy_entropy_mc": -samples.trajectory.log_prob.mean().item(),
+        "policy_entropy_mc": -group.policy_log_prob.mean().item(),
         "perceptual_entropy": perceptual_entropy(state.features, state.bandwidth, "mean").mean().item(),
         "feature_variance": metrics.feature_variance(state.features).mean().item(),
         "pairwise_distance": metrics.mean_pairwise_distance(state.features).mean().item(),
-        "vae_variance": metrics.feature_variance(latents.flatten(1).unflatten(0, groups)).mean().item(),
-        "pixel_variance": metrics.feature_variance(samples.images.flatten(1).unflatten(0, groups)).mean().item(),
+        "vae_variance": variance(samples.latents),
+        "pixel_variance": variance(samples.images),
         "p_max": probability.amax(1).mean().item(),
         "p_min": probability.amin(1).mean().item(),
     }
