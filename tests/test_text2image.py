@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import T5EncoderModel
 
-from ref import pipelines, tiny
+from ref import memory, pipelines, tiny
 from ref.entropy import policy_entropy
 from ref.grpo import Settings, sample, train, trainable
 from ref.methods import METHODS
@@ -267,6 +267,43 @@ def test_ratio_is_exactly_one_and_policy_entropy_constant_in_training(folders, k
     expected = policy_entropy(schedule, dim, "mean")[list(schedule.steps)].mean().item()
     assert logged[0]["policy_entropy"] == pytest.approx(expected, rel=1e-6)
     assert any(not torch.equal(weight, before[name]) for name, weight in trainable(model).items())
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_computed_activations_are_those_of_a_real_pass(folders, kind):
+    """Fake tensors against real ones, with and without checkpointing; the model comes back as it was."""
+    model = fresh(folders, kind, max_sequence_length=None)
+    before = {name: (weight, weight.clone()) for name, weight in model.named_parameters()}
+    parameters = {weight.data_ptr() for weight in model.parameters()}
+    conditioning, x = model.encode(PROMPTS), some_latents(model)
+    sizes = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.transformer.enable_gradient_checkpointing()
+        held = {}
+
+        def hold(tensor):
+            if tensor.untyped_storage().data_ptr() not in parameters:
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            model.velocity(x, torch.tensor(0.5), conditioning)
+        real = sum(storage.nbytes() for storage in held.values())
+        sizes.append(memory.kept(model, batch=2))
+        assert sizes[-1] == pytest.approx(real, rel=0.02)
+    assert sizes[1] < 0.5 * sizes[0]
+    for name, weight in model.named_parameters():
+        assert weight is before[name][0] and torch.equal(weight, before[name][1])
+
+
+def test_the_big_architectures_have_their_published_sizes():
+    for make, billions in ((memory.sd35_medium, 2.24), (memory.flux_dev, 11.9), (memory.vae, 0.0838)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in make().parameters()) / 1e9 == pytest.approx(billions, rel=0.003)
 
 
 # -------------------------------------------------------------------------------------- prompt embeddings

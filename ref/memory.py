@@ -1,0 +1,139 @@
+"""GPU memory of training SD3.5-Medium and FLUX.1-dev, computed from shapes: no weights, no GPU.
+
+    python -m ref.memory
+
+PyTorch's fake tensors go through the real transformer's forward pass, and every tensor that autograd would
+keep for the backward pass is counted once, as its storage is. For B samples in a micro-batch
+
+    peak = weights + trained + B (kept + block)
+
+weights   transformer and LoRA (the transformer in bfloat16, the VAE's 84 million weights in float32)
+trained   gradients and AdamW's two moments, 12 bytes for each weight of the LoRA
+kept      what a forward pass of one sample (two with classifier-free guidance) leaves for the backward pass
+block     with gradient checkpointing: one block's share, computed again; without, it is part of `kept`
+
+Left out: CUDA's own context and fragmentation (plan for a tenth more), the trajectories (latents, under
+2 MB a sample and step), reward models and encoders, decoding (lower `decode_batch`).
+"""
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ref.text2image import SD3, Flux, TextToImage
+
+GIB = 2**30
+
+
+def sd35_medium():
+    """The architecture of stabilityai/stable-diffusion-3.5-medium (2.24 billion weights), random."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+    )  # fmt: skip
+
+
+def flux_dev():
+    """The architecture of black-forest-labs/FLUX.1-dev (11.9 billion weights), random."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def vae():
+    """The VAE architecture that both share, random."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609,
+    )  # fmt: skip
+
+
+def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> TextToImage:
+    """`sd35_medium` or `flux_dev` for size x size images with its LoRA, on the meta device: shapes alone."""
+    adapter, network = {"sd35_medium": (SD3, sd35_medium), "flux_dev": (Flux, flux_dev)}[name]
+    before = torch.get_default_dtype()
+    with torch.device("meta"):
+        torch.set_default_dtype(dtype)
+        transformer = network()
+        torch.set_default_dtype(before)
+        parts = transformer, vae()
+    model = adapter(*parts, None, None, size=(size, size), guidance_scale=adapter.default_guidance)
+    model.add_lora(rank, 2 * rank)
+    return model
+
+
+def kept(model: TextToImage, batch: int = 1) -> int:
+    """Bytes that one forward pass of `batch` samples leaves for the backward pass. Reads the model's shapes only."""
+    config = model.transformer.config
+    tokens = model.default_tokens + (77 if isinstance(model, SD3) else 0)
+    embeds, pooled = (batch, tokens, config.joint_attention_dim), (batch, config.pooled_projection_dim)
+    storages, real = {}, [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu")  # noqa: E731
+            own = set()
+            for module, parameters, buffers in real:
+                for key, value in parameters.items():
+                    if value is not None:
+                        module._parameters[key] = nn.Parameter(fake(value), requires_grad=value.requires_grad)
+                        own.add(module._parameters[key].untyped_storage()._cdata)
+                module._buffers.update({key: fake(value) for key, value in buffers.items() if value is not None})
+
+            def count(tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    storages[storage._cdata] = storage  # held, so that its address is not given away again
+                return tensor
+
+            conditioning = {
+                "prompt_embeds": torch.empty(embeds, dtype=model.dtype),
+                "pooled_prompt_embeds": torch.empty(pooled, dtype=model.dtype),
+            }
+            conditioning |= {f"negative_{key}": value for key, value in conditioning.items()}
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                model.velocity(torch.empty(batch, *model.latent_shape), torch.tensor(0.5), conditioning)
+            return sum(storage.nbytes() for storage in storages.values())
+    finally:
+        for module, parameters, buffers in real:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+def footprint(model: TextToImage) -> dict[str, float]:
+    """The terms of the module's docstring in GiB: weights, trained, kept, block, and kept without checkpointing."""
+    transformer = model.transformer
+    blocks = len(transformer.transformer_blocks) + len(getattr(transformer, "single_transformer_blocks", ()))
+    transformer.disable_gradient_checkpointing()
+    everything = kept(model)
+    transformer.enable_gradient_checkpointing()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    terms = {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "trained": 12 * trained,
+        "kept": kept(model),
+        "block": everything / blocks,
+        "without": everything,
+    }
+    return {name: value / GIB for name, value in terms.items()}
+
+
+def main() -> None:
+    print("model        size  rank  weights  trained  a sample more: checkpointed, not   peak of 1, 4, 8 checkpointed")
+    for name, size, rank in (("sd35_medium", 512, 32), ("flux_dev", 512, 64), ("flux_dev", 720, 128)):
+        m = footprint(shaped(name, size, rank))
+        each = m["kept"] + m["block"]
+        peaks = ", ".join(f"{m['weights'] + m['trained'] + b * each:.1f}" for b in (1, 4, 8))
+        print(
+            f"{name:<11} {size:>5} {rank:>5} {m['weights']:>8.2f} {m['trained']:>8.2f} "
+            f"{each:>28.2f}, {m['without']:>5.2f}   {peaks} GiB"
+        )
+
+
+if __name__ == "__main__":
+    main()
