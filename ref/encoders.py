@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ref.pipelines import hub_errors
@@ -43,6 +44,7 @@ HUB = {
     "hpsv2": "xswu/HPSv2",
 }
 HPS_FILE = "HPS_v2.1_compressed.pt"
+OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's pixels
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ class Encoder(nn.Module):
     def __init__(self, name: str, model: nn.Module, micro_batch: int = 32):
         super().__init__()
         self.name, self.micro_batch = name, micro_batch
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
+        self.eval().requires_grad_(False)
         self._last = (lambda: None, None, None)  # weak reference to the images, their version, features
 
     @property
@@ -193,7 +196,7 @@ def part(kind: type, name: str, source: str, **options):
     """`kind.from_pretrained(source)`; what is wrong with the files comes as one line."""
     try:
         return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if getattr(error, "errno", None) is not None:  # the system's own, a full disk for example
             raise
         raise OSError(f"cannot load {name} from {source}: {str(error).strip().splitlines()[0]}") from error

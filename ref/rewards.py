@@ -1,0 +1,242 @@
+"""Rewards: what the policy is asked for. images [B, 3, H, W] in [0, 1], prompts [B] -> [B], float32.
+
+| name             | R(x, c)                                                              | range       |
+|------------------|----------------------------------------------------------------------|-------------|
+| `pickscore`      | cosine of PickScore_v1's image and text features                     | about 0.2   |
+| `clip_score`     | cosine of a CLIP model's, DFN5B ViT-H/14 at 378 px unless told       | about 0.4   |
+| `hpsv2`          | cosine of HPSv2.1's                                                  | about 0.3   |
+| `aesthetic`      | Aesthetic Predictor v2.5, an affine head on SigLIP; reads no prompt  | 1 .. 10     |
+| `image_reward`   | ImageReward, a BLIP that reads prompt and image together             | about 0 +-1 |
+| `unified_reward` | mean of the alignment, coherence and style that a VLM server replies | 1 .. 5      |
+| `ocr`            | 1 - edit distance between the prompt's quoted text and what is read  | 0 .. 1      |
+| `jpeg`           | 1 - bytes of the JPEG (quality 95) / bytes of the raw pixels         | up to 1     |
+
+A specification names one or a weighted sum, NAME[:WEIGHT][=SOURCE], joined by "+":
+
+    pickscore        pickscore:0.7+ocr:0.3        clip_score=clip        hpsv2:0.5=/models/HPSv2+jpeg
+
+SOURCE is a local folder or hub repository in place of the default; for `clip_score` it is the name of an
+encoder (encoders.py), for `unified_reward` the address of its server.
+
+Conventions. Cosines are not multiplied by the models' logit scale of 100 (PickScore's own code does, and
+Flow-GRPO then divides by 26): the paper's table prints 0.226 for FLUX, which is the cosine. That its CLIP
+score of 0.388 comes from the DFN5B model is a reading: ViT-L/14 gives about 0.27. Scores are those of the
+image rounded to 8 bits. An image with a NaN scores NaN, and whoever asked is told for which prompt.
+"""
+
+import io
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ref.encoders import Encoder, blank_bad, find, load_encoder, to_bytes
+from ref.grpo import checked
+
+DFN5B = "open_clip:ViT-H-14-378-quickgelu/dfn5b"
+AESTHETIC_FILE = "aesthetic_predictor_v2_5.pth"
+AESTHETIC_URL = f"https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/{AESTHETIC_FILE}"
+
+
+class Reward(nn.Module):
+    """A subclass gives `score(images, prompts) -> [B]`; no sample's score depends on the others."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        if len(images) != len(prompts):
+            raise ValueError(f"{self.name} needs one prompt for each image, got {len(images)} and {len(prompts)}")
+        return blank_bad(self.score(images, prompts).float().to(images.device), images)
+
+
+class Cosine(Reward):
+    """cos(phi(x), phi(c)) of an encoder with a text tower: PickScore, CLIP score, HPSv2."""
+
+    def __init__(self, name: str, encoder: Encoder):
+        super().__init__(name)
+        if type(encoder).embed_text is Encoder.embed_text:
+            encoder.embed_text([])  # raises: this encoder reads no text
+        self.encoder = encoder
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return (self.encoder(images) * self.encoder.text(prompts).to(images.device)).sum(1)
+
+
+class Aesthetic(Reward):
+    """Aesthetic Predictor v2.5 (github.com/discus0434/aesthetic-predictor-v2-5): w . SigLIP(x) / ||SigLIP(x)|| + b.
+
+    The published head is five linear layers with dropout between them and no nonlinearity.
+    """
+
+    def __init__(self, name: str, encoder: Encoder, weights: dict[str, Tensor]):
+        super().__init__(name)
+        widths = [encoder.model.config.hidden_size, 1024, 128, 64, 16, 1]
+        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.Dropout(0.5))]
+        self.head = nn.Sequential(*layers[:-1])
+        self.head.load_state_dict({k.removeprefix("scoring_head."): v for k, v in weights.items()})
+        self.head.eval().requires_grad_(False).to(encoder.device)
+        self.encoder = encoder
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.head(self.encoder(images).to(self.encoder.device))[:, 0]
+
+
+class JPEG(Reward):
+    """Compressibility: the share of the raw 3 H W bytes that JPEG at quality 95 saves. Flat images score highest."""
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        sizes = [len(encoded(picture, "JPEG", quality=95)) for picture in pictures(images)]
+        return 1 - torch.tensor(sizes) / images[0].numel()
+
+
+class OCR(Reward):
+    """1 - d(target, read) / max(|target|, |read|), d the edit distance, case and white space ignored.
+
+    The target is all text in double quotes in the prompt, in order; RapidOCR reads the image from top to
+    bottom. Its ONNX models come inside its package, so nothing is downloaded. Raises ValueError for a
+    prompt without quoted text.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        from rapidocr import RapidOCR
+
+        # as many threads as torch has: eight processes on a machine share its cores
+        threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
+        self.engine = RapidOCR(params={"Global.log_level": "critical", **threads})
+
+    def read(self, picture: Image.Image) -> str:
+        return " ".join(self.engine(picture).txts or ())
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        targets = [quoted(prompt) for prompt in prompts]  # all, before the first image is read
+        return torch.tensor([likeness(t, self.read(p)) for t, p in zip(targets, pictures(images))])
+
+
+def quoted(prompt: str) -> str:
+    """The text in double quotes, straight or curly."""
+    found = " ".join(re.findall(r'["“”]([^"“”]*)["“”]', prompt)).strip()
+    if not found:
+        raise ValueError(f"the OCR reward needs a prompt with the text in double quotes, got {prompt!r}")
+    return found
+
+
+def likeness(target: str, read: str) -> float:
+    """1 - edit distance / length of the longer, case and white space ignored; the target is not empty."""
+    a, b = ("".join(text.casefold().split()) for text in (target, read))
+    row = list(range(len(b) + 1))  # distances from a prefix of a to all prefixes of b
+    for i, letter in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (letter != other))
+    return 1 - row[-1] / max(len(a), len(b))
+
+
+class WeightedSum(Reward):
+    """sum_i w_i R_i. Raises ValueError naming the component and the prompt when one returns a NaN."""
+
+    def __init__(self, terms: list[tuple[float, Reward]]):
+        super().__init__(" + ".join(f"{weight:g} {reward.name}" for weight, reward in terms))
+        self.weights, self.rewards = [weight for weight, _ in terms], nn.ModuleList(reward for _, reward in terms)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        values = [checked(reward(images, prompts), reward.name, prompts) for reward in self.rewards]
+        return sum(weight * value for weight, value in zip(self.weights, values))
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_bytes(images).cpu()]
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def cosine(name, source, encoder, device, dtype) -> Cosine:
+    """pickscore and hpsv2 are encoders' names too."""
+    wanted = source or DFN5B if name == "clip_score" else f"{name}={source}" if source else name
+    return Cosine(name, encoder(wanted))
+
+
+def aesthetic(name, source, encoder, device, dtype) -> Aesthetic:
+    """SOURCE is a folder with the SigLIP model and the predictor's file."""
+    siglip = encoder(f"siglip={source}" if source else "siglip")
+    if source:
+        weights = torch.load(find(name, source, AESTHETIC_FILE), map_location="cpu", weights_only=True)
+    else:
+        try:
+            weights = torch.hub.load_state_dict_from_url(AESTHETIC_URL, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise OSError(f"cannot load {name}: {AESTHETIC_URL} cannot be reached ({error}); put that file and SigLIP into a folder and write {name}=FOLDER") from error  # fmt: skip
+    return Aesthetic(name, siglip, weights)
+
+
+def image_reward(name, source, encoder, device, dtype) -> Reward:
+    from ref.image_reward import load
+
+    return load(name, source, device, dtype)
+
+
+def unified_reward(name, source, encoder, device, dtype) -> Reward:
+    from ref.unified_reward import URL, UnifiedReward
+
+    return UnifiedReward(name, source or URL)
+
+
+# name -> (name, source, encoder by name, device, dtype) -> Reward
+REWARDS = {
+    "pickscore": cosine,
+    "clip_score": cosine,
+    "hpsv2": cosine,
+    "aesthetic": aesthetic,
+    "image_reward": image_reward,
+    "unified_reward": unified_reward,
+    "ocr": lambda name, *_: OCR(name),
+    "jpeg": lambda name, *_: JPEG(name),
+}
+
+
+def load_reward(
+    specification: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    encoders: Iterable[Encoder] = (),
+) -> Reward:
+    """The reward that `specification` names (see the top of this file).
+
+    encoders    loaded already, phi for example: a reward that needs one of the same name shares it, and with
+                it the forward pass on the last images
+    dtype       of the reward models' weights; float32 unless memory forbids, see `load_encoder`
+
+    Raises ValueError for a name or weight that is not understood, OSError with one line for a model that
+    cannot be had or a server that does not answer.
+    """
+    pool = {encoder.name: encoder for encoder in encoders}
+
+    def encoder(name: str) -> Encoder:
+        if name not in pool:
+            pool[name] = load_encoder(name, device, dtype)
+        return pool[name]
+
+    terms = []
+    for term in specification.split("+"):
+        parsed = re.fullmatch(r"\s*(\w+)(?::([^=]*))?(?:=(.+?))?\s*", term)
+        if not parsed or parsed[1] not in REWARDS:
+            raise ValueError(f"unknown reward {term.strip()!r}; write NAME[:WEIGHT][=SOURCE], NAME one of {', '.join(REWARDS)}")  # fmt: skip
+        name, weight, source = parsed.groups()
+        try:
+            weight = 1.0 if weight is None else float(weight)
+        except ValueError:
+            weight = float("nan")
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {name} must be a number, as in {name}:0.5, got {term.strip()!r}")
+        terms.append((weight, REWARDS[name](name, source, encoder, device, dtype)))
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)
