@@ -13,7 +13,7 @@ from pathlib import Path
 from ref import digits, figures
 from ref.train import PRESETS, run, write_json
 
-RUNS = {"flow_grpo": None, "pec": 1.0, "pcvae": 1.0}  # method -> lambda
+RUNS = {"flow_grpo": None, "pec": 1.0, "pcvae": 0.5}  # method -> lambda
 
 COLUMNS = {
     "reward": ("reward", "{:.3f}"),

@@ -119,8 +119,8 @@ def front(runs: list[dict], column: str = "feature_variance") -> dict:
         mine = [row for row in runs if row["run"] == spec]
         kind, _, weight = spec.partition(":")
         point = ([float(row[column]) / base for row in mine], [float(row["reward"]) for row in mine])
-        points.setdefault(kind, []).append((weight and f"λ = {weight}", *point))
-    return points
+        points.setdefault(kind, []).append((float(weight or 0), weight and f"λ = {weight}", *point))
+    return {kind: [point for _, *point in sorted(rows)] for kind, rows in points.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

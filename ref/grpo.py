@@ -394,13 +394,15 @@ def name(network) -> str:
 def measure(state: State, group: Group, full: FlowSchedule, share: Share) -> dict[str, float]:
     """The numbers of an iteration, of all processes' samples. Entropies are per dimension, in nats.
 
-    policy_entropy is the closed form of P01 over the full schedule, policy_entropy_mc the estimate
-    -mean log p_theta of this iteration's steps; p_max and p_min are figure 2's advantage
+    policy_entropy is the closed form of P01 over the full schedule; policy_entropy_mc adds to it by how
+    much -mean log p_theta of this iteration's steps misses their own closed forms. p_max and p_min are figure 2's advantage
     probabilities, read as the softmax of a group's raw rewards (temperature 1): that of normalised
     advantages cannot converge (proofs/P07).
     """
     samples, probability = state.samples, state.reward.softmax(1)
-    dim = samples.latents[0].numel()
+    entropy = policy_entropy(full, samples.latents[0].numel(), "mean")
+    expected, steps = entropy[list(full.steps)].mean().item(), list(samples.trajectory.steps)
+    missed = -group.policy_log_prob.mean().item() - entropy[steps].mean().item()
 
     def variance(values: Tensor) -> float:
         groups = values.flatten(1).unflatten(0, (len(share.mine), -1))
@@ -410,8 +412,8 @@ def measure(state: State, group: Group, full: FlowSchedule, share: Share) -> dic
         "iteration": state.iteration,
         "reward": state.reward.mean().item(),
         "reward_std": state.reward.std(1).mean().item(),
-        "policy_entropy": policy_entropy(full, dim, "mean")[list(full.steps)].mean().item(),
-        "policy_entropy_mc": -group.policy_log_prob.mean().item(),
+        "policy_entropy": expected,
+        "policy_entropy_mc": expected + missed,
         "perceptual_entropy": perceptual_entropy(state.features, state.bandwidth, "mean").mean().item(),
         "feature_variance": metrics.feature_variance(state.features).mean().item(),
         "pairwise_distance": metrics.mean_pairwise_distance(state.features).mean().item(),
