@@ -438,7 +438,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_hub_errors_are_one_line_with_the_remedy(tmp_path):
-    """A server that answers with the hub's status codes, and one that is not there; the real client in between."""
+    """A server that answers with the hub's status codes, then no network; the real client in between."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = """
@@ -451,12 +451,17 @@ for model in sys.argv[1:]:
         print(error)
 """
 
-    def lines(endpoint, *models):
-        environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    def lines(*models, offline=False):
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        environment = os.environ | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": str(int(offline)),
+        }
         run = [sys.executable, "-c", script, *models]
         return subprocess.run(run, capture_output=True, text=True, env=environment, timeout=120).stdout.splitlines()
 
-    gated, missing, forbidden = lines(f"http://127.0.0.1:{server.server_port}", "a/gated", "a/missing", "a/forbidden")
+    gated, missing, forbidden = lines("a/gated", "a/missing", "a/forbidden")
     server.shutdown()
     assert gated.startswith(
         "no access to a/gated, which is gated: accept its licence at https://huggingface.co/a/gated"
@@ -464,5 +469,5 @@ for model in sys.argv[1:]:
     assert missing.startswith("a/missing is neither a folder nor a public model of the hub")
     assert forbidden.startswith("the hub refused a/forbidden (HTTP 403)")
     assert all("hf auth login" in line for line in (gated, missing, forbidden))
-    (alone,) = lines("http://127.0.0.1:9", "a/model")
+    (alone,) = lines("a/model", offline=True)
     assert "cannot be reached" in alone and "hf download a/model --local-dir" in alone
