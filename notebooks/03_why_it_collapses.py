@@ -143,14 +143,10 @@ figures.modes_left(curves, 6)
 # %%
 from IPython.display import Image
 
-frames = [
-    figures.particles(
-        {"flat reward": runs["flat"][0][2][i], f"tilted reward, iteration {i + 1}": runs["tilted"][0][2][i]},
-        world.means,
-        gaps,
-    )
-    for i in range(0, ITERATIONS, max(1, ITERATIONS // 26))
-]
+frames = []
+for i in range(0, ITERATIONS, max(1, ITERATIONS // 26)):
+    clouds = {"flat reward": runs["flat"][0][2][i], f"tilted reward, iteration {i + 1}": samples[i]}
+    frames.append(figures.particles(clouds, world.means, gaps, limit=3.8))
 Image(figures.movie(frames), format="gif")
 
 # %%
