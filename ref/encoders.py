@@ -26,7 +26,10 @@ depend on the batch: micro-batches bound the memory and each image stands for it
 import json
 import re
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -192,14 +195,15 @@ def find(name: str, source: str, file: str) -> Path:
         return Path(hf_hub_download(source, file))
 
 
-def part(kind: type, name: str, source: str, **options):
-    """`kind.from_pretrained(source)`; what is wrong with the files comes as one line."""
+@contextmanager
+def one_line(name: str, source: str) -> Iterator[None]:
+    """What libraries have to say about unreadable, foreign or unsafe weights, as an OSError of one line."""
     try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         if getattr(error, "errno", None) is not None:  # the system's own, a full disk for example
             raise
-        raise OSError(f"cannot load {name} from {source}: {str(error).strip().splitlines()[0]}") from error
+        raise OSError(f"cannot load {name} from {source}: {' '.join(str(error).split())[:200]}") from error
 
 
 def transformers_encoder(name: str, source: str, dtype: torch.dtype) -> Transformers:
@@ -211,17 +215,19 @@ def transformers_encoder(name: str, source: str, dtype: torch.dtype) -> Transfor
     if not str(found).startswith(family):
         raise ValueError(f"cannot load {name}: {source} holds a model of type {found}, not {family}")
     kind = {"dinov2": transformers.Dinov2Model, "siglip": transformers.SiglipVisionModel, "clip": transformers.CLIPModel}[family]  # fmt: skip
-    model, report = part(kind, name, source, dtype=dtype, output_loading_info=True)
+    with one_line(name, source):
+        model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"cannot load {name}: {source} lacks the weight {min(report['missing_keys'])}")
     recipe = source
     if source == HUB["pickscore"]:  # tuned from this model, whose processor all its users take
         recipe = HUB["clip_h"]
         find(name, recipe, "preprocessor_config.json")
-    processor = part(transformers.AutoImageProcessor, name, recipe)
-    if family != "clip":
-        return Transformers(name, model, processor)
-    return CLIP(name, model, processor, part(transformers.AutoTokenizer, name, recipe))
+    with one_line(name, recipe):
+        processor = transformers.AutoImageProcessor.from_pretrained(recipe)
+        if family == "clip":
+            return CLIP(name, model, processor, transformers.AutoTokenizer.from_pretrained(recipe))
+    return Transformers(name, model, processor)
 
 
 def open_clip_encoder(name: str, source: str | None, dtype: torch.dtype) -> OpenCLIP:
@@ -242,10 +248,8 @@ def open_clip_encoder(name: str, source: str | None, dtype: torch.dtype) -> Open
         repository = open_clip.get_pretrained_cfg(model, weights).get("hf_hub", "").strip("/")
         if repository:
             find(name, repository, "open_clip_config.json")
-    try:
+    with one_line(name, weights or model):
         network = open_clip.create_model(model, weights, force_preprocess_cfg=recipe, require_pretrained=True)
-    except RuntimeError as error:
-        raise OSError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
     return OpenCLIP(name, network.to(dtype), open_clip.get_tokenizer(model))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ref.encoders import OPENAI_MEAN, OPENAI_STD, find, fit, part, to_bytes
+from ref.encoders import OPENAI_MEAN, OPENAI_STD, find, fit, one_line, to_bytes
 from ref.rewards import Reward
 
 HUB = "THUDM/ImageReward"
@@ -97,7 +97,9 @@ def load(name: str, source: str | None, device: torch.device | str, dtype: torch
 
     source = source or HUB
     text = json.loads(find(name, source, "med_config.json").read_text())
-    weights = torch.load(find(name, source, "ImageReward.pt"), map_location="cpu", weights_only=True)
+    file = find(name, source, "ImageReward.pt")
     words = source if Path(source).is_dir() else TOKENIZER
     find(name, words, "tokenizer_config.json")
-    return ImageReward(name, weights, text, part(AutoTokenizer, name, words)).to(device, dtype)
+    with one_line(name, source):
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        return ImageReward(name, weights, text, AutoTokenizer.from_pretrained(words)).to(device, dtype)

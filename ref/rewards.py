@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ref.encoders import Encoder, blank_bad, find, load_encoder, to_bytes
+from ref.encoders import Encoder, blank_bad, find, load_encoder, one_line, to_bytes
 from ref.grpo import checked
 
 DFN5B = "open_clip:ViT-H-14-378-quickgelu/dfn5b"
@@ -170,12 +170,17 @@ def aesthetic(name, source, encoder, device, dtype) -> Aesthetic:
     """SOURCE is a folder with the SigLIP model and the predictor's file."""
     siglip = encoder(f"siglip={source}" if source else "siglip")
     if source:
-        weights = torch.load(find(name, source, AESTHETIC_FILE), map_location="cpu", weights_only=True)
+        file = find(name, source, AESTHETIC_FILE)
+        with one_line(name, source):
+            weights = torch.load(file, map_location="cpu", weights_only=True)
     else:
         try:
             weights = torch.hub.load_state_dict_from_url(AESTHETIC_URL, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise OSError(f"cannot load {name}: {AESTHETIC_URL} cannot be reached ({error}); put that file and SigLIP into a folder and write {name}=FOLDER") from error  # fmt: skip
+            raise OSError(
+                f"cannot load {name}: {AESTHETIC_URL} cannot be reached ({error}); put that file and SigLIP into "
+                f"a folder and write {name}=FOLDER"
+            ) from error
     return Aesthetic(name, siglip, weights)
 
 
