@@ -61,19 +61,21 @@ def parse(spec: str) -> dict:
         raise ValueError(f"cannot read the run {spec!r}; write METHOD[@SPACE][/ENCODER][:WEIGHT]")
     if found["method"] not in METHODS:
         raise ValueError(f"unknown method in {spec!r}; choose one of {', '.join(METHODS)}")
-    weight = found["weight"]
-    return found.groupdict() | {"weight": float(weight) if weight else None}
+    chosen = found.groupdict() | {"weight": float(found["weight"]) if found["weight"] else None}
+    METHODS[chosen["method"]](chosen["weight"], space=chosen["space"])  # refuses now what it would refuse later
+    return chosen
 
 
-def one(preset: str, spec: str, seed: int, folder: Path) -> dict:
+def one(preset: str, spec: str, seed: int, folder: Path, iterations: int | None = None) -> dict:
     """Train and evaluate one run, or read it when it is there."""
     torch.set_num_threads(1)
     chosen = parse(spec)
     folder = folder / f"{re.sub('[@/:]', '_', spec)}_seed{seed}"
     done = folder / "summary.json"
-    if done.exists():
+    if done.exists():  # a change of --iterations needs another --output-dir
         return json.loads(done.read_text())
     settings = dataclasses.replace(PRESETS[preset][1], seed=seed)
+    settings = dataclasses.replace(settings, iterations=iterations or settings.iterations)
     result = run(preset, output_dir=folder, settings=settings, resume=True, progress=False, **chosen)
     entropy = {round(m["policy_entropy"], 12) for m in result["history"]}
     row = {
@@ -126,14 +128,19 @@ def front(runs: list[dict], column: str = "feature_variance") -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ref.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="digits", choices=PRESETS)
-    parser.add_argument("--runs", nargs="+", default=["flow_grpo", "pec", "pcvae"], help="METHOD or METHOD:WEIGHT")
+    parser.add_argument(
+        "--runs", nargs="+", default=["flow_grpo", "pec:1", "pcvae:1"], help="METHOD[@SPACE][/ENCODER][:WEIGHT] ..."
+    )
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. n-1 (default: 5)")
+    parser.add_argument("--iterations", type=int, help="length of a run (default: the preset's)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/compare"))
     options = parser.parse_args(arguments)
     try:
         for spec in options.runs:
             parse(spec)
+        if options.seeds < 1 or options.jobs < 1:
+            raise ValueError(f"--seeds and --jobs must be at least 1, got {options.seeds} and {options.jobs}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -142,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(one, options.preset, spec, seed, options.output_dir)
+            pool.submit(one, options.preset, spec, seed, options.output_dir, options.iterations)
             for seed in range(options.seeds)
             for spec in options.runs
         ]

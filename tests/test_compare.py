@@ -1,0 +1,95 @@
+"""The comparison: names of runs, the cache, the columns of table 1's twin."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+from ref import figures
+from ref.compare import COLUMNS, front, main, parse, scores, twin
+from ref.metrics import normalized_average, overall
+
+
+def test_a_runs_name_is_read_whole():
+    assert parse("pec") == {"method": "pec", "space": None, "encoder": None, "weight": None}
+    assert parse("clip_cov@perceptual/reader:0.1") == {
+        "method": "clip_cov",
+        "space": "perceptual",
+        "encoder": "reader",
+        "weight": 0.1,
+    }
+    assert figures.label("pec@kernel/reader:0.5") == "PEC, kernel, φ = reader, λ = 0.5"
+    with pytest.raises(ValueError, match="unknown method in 'ppo:1'"):
+        parse("ppo:1")
+    with pytest.raises(ValueError, match=r"METHOD\[@SPACE\]"):
+        parse("pec:one")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--runs", "pec@pixels:1"], "got space 'pixels'"), (["--seeds", "0"], "must be at least 1, got 0")],
+)
+def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):
+    assert main(["--preset", "mixture", "--output-dir", str(tmp_path), "--iterations", "1", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def some_runs():
+    rng = torch.Generator().manual_seed(0)
+    columns = [c for group in COLUMNS["mixture"] for c in group]
+    rows = [{"run": "base", "seed": ""} | {c: 0.5 for c in columns}]
+    for run in ("flow_grpo", "pec:2", "pec:0.5", "pec/direction:1"):
+        for seed in range(4):
+            rows.append({"run": run, "seed": seed} | {c: torch.rand((), generator=rng).item() for c in columns})
+    return rows
+
+
+def test_scores_are_the_norm_avg_of_the_means_and_their_spread():
+    rows = some_runs()
+    quality, diversity = (tuple(group) for group in COLUMNS["mixture"])
+    ours = scores(rows, quality, diversity)
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    mean = lambda run, c: sum(v := [row[c] for row in rows if row["run"] == run]) / len(v)  # noqa: E731
+    q, d = (torch.tensor([[mean(run, c) for c in group] for run in runs]) for group in (quality, diversity))
+    first = lambda v: v[0] if isinstance(v, tuple) else v  # noqa: E731
+    for name, expected in (
+        ("quality_norm_avg", normalized_average(q)),
+        ("diversity_norm_avg", normalized_average(d)),
+        ("overall", overall(q, d)),
+    ):
+        assert [first(row[name]) for row in ours] == pytest.approx(expected.tolist(), abs=1e-6)
+    values = torch.tensor([row["reward"] for row in rows if row["run"] == "pec:2"])
+    assert ours[2]["reward"] == pytest.approx((values.mean().item(), values.std().item()), rel=1e-5)
+    assert ours[0]["reference"] and twin(rows, "mixture").count("**") >= 2
+
+
+def test_front_orders_weights_and_keeps_variants_apart():
+    points = front(some_runs())
+    assert list(points) == ["flow_grpo", "pec", "pec/direction"]
+    assert [note for note, *_ in points["pec"]] == ["λ = 0.5", "λ = 2"]
+    figure = figures.reward_diversity_front(points)
+    assert len(figure.axes[0].patches) == 4  # an ellipse for each point
+
+
+def test_the_command_writes_its_files_and_repeats_nothing(tmp_path, capsys):
+    command = ["--preset", "mixture", "--iterations", "2", "--seeds", "2", "--output-dir", str(tmp_path)]
+    command += ["--runs", "flow_grpo", "kl_cov@perceptual:1"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "KL-Cov, perceptual, λ = 1" in first
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(row["run"], row["seed"]) for row in rows[1:3]] == [("flow_grpo", "0"), ("flow_grpo", "1")] and len(
+        rows
+    ) == 5
+    assert all(math.isfinite(float(row["effective_modes"])) for row in rows)
+    for name in ("table.md", "table.tex", "table.csv", "front.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    summary = tmp_path / "flow_grpo_seed0" / "summary.json"
+    saved = json.loads(summary.read_text())
+    saved["row"]["reward"] = 123.0
+    summary.write_text(json.dumps(saved))
+    assert main(command) == 0
+    assert "123.0" in (tmp_path / "runs.csv").read_text()  # read, not trained again
