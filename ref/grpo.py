@@ -13,7 +13,8 @@ Randomness is a function of (seed, iteration, prompt group) alone, so there is n
 save, no member of a group can get another's noise, and how samples are cut into micro-batches or
 spread over processes (layout.py) does not change them. Rollout and update cut the batch in the
 same places: the same kernels run on the same shapes, and the first update of an iteration has ratio
-exactly 1 (`metrics["ratio_error"]` watches it).
+exactly 1 (`metrics["ratio_error"]` watches it). What a rollout leaves is kept in the CPU's memory, so
+a GPU's need depends on the micro-batch alone, not on how many samples an iteration has.
 
 Departures from Flow-GRPO's code: one deterministic last step; a zero-spread group gets advantage
 exactly 0; the group's noise is drawn per group.
@@ -194,16 +195,14 @@ def sample(
     )
     if same_noise:
         noise[0] = noise[0, :, :1]
-    noise = noise.flatten(1, 2).to(next(iter(conditioning.values())).device)
-    parts = []
+    noise, device, parts = noise.flatten(1, 2), next(iter(conditioning.values())).device, []
     for rows in layout or [torch.arange(len(repeated))]:
         part = {name: value[rows // group_size] for name, value in conditioning.items()}
-        parts.append(
-            rollout(lambda x, sigma: model.velocity(x, sigma, part), schedule, noise[0, rows], eps=noise[1:, rows])
-        )
-    x, mean, log_prob = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("x", "mean", "log_prob"))
-    trajectory = Trajectory(x, mean, log_prob, schedule.steps)
-    return Samples(repeated, conditioning, trajectory, model.decode(trajectory.x[-1]))
+        eps = noise[:, rows].to(device)
+        path = rollout(lambda x, sigma: model.velocity(x, sigma, part), schedule, eps[0], eps=eps[1:])
+        parts.append((path.x.cpu(), path.mean.cpu(), path.log_prob.cpu()))
+    trajectory = Trajectory(*(torch.cat(values, 1) for values in zip(*parts)), schedule.steps)
+    return Samples(repeated, conditioning, trajectory, model.decode(trajectory.x[-1].to(device)).cpu())
 
 
 def draw(
@@ -252,7 +251,7 @@ def scores(network: Callable, samples: Samples, share: Share, *inputs) -> Tensor
 
     Raises ValueError naming network and prompt for a NaN or infinite value.
     """
-    values = checked(network(*inputs), name(network), samples.prompts).to(samples.images.device)
+    values = checked(network(*inputs), name(network), samples.prompts).cpu()
     return share.gather(values.unflatten(0, (len(share.mine), -1)))
 
 
@@ -346,23 +345,24 @@ def update(
     trajectory = samples.trajectory
     total = sum(map(len, part)) * len(trajectory.steps) * processes()
     state.optimizer.zero_grad(set_to_none=True)
-    ratio_error, clipped = torch.zeros((), device=advantage.device), torch.zeros((), device=advantage.device)
+    device = next(iter(samples.conditioning.values())).device
+    ratio_error, clipped = torch.zeros((), device=device), torch.zeros((), device=device)
     for rows in part:
         conditioning = {key: value[rows // settings.group_size] for key, value in samples.conditioning.items()}
         for s, i in enumerate(trajectory.steps):
-            x, sigma, std = trajectory.x[i, rows], schedule.sigmas[i], schedule.std[i]
+            x, sigma, std = trajectory.x[i, rows].to(device), schedule.sigmas[i], schedule.std[i]
             mean = schedule.mean(x, model.velocity(x, sigma, conditioning), i)
             reference_mean = None
             if method.needs_reference:
                 with model.reference(), torch.no_grad():
                     reference_mean = schedule.mean(x, model.velocity(x, sigma, conditioning), i)
             step = Step(
-                log_prob=gaussian_log_prob(trajectory.x[i + 1, rows], mean, std),
-                old_log_prob=trajectory.log_prob[s, rows],
-                advantage=advantage[rows, s],
-                pair=pair[rows, s],
+                log_prob=gaussian_log_prob(trajectory.x[i + 1, rows].to(device), mean, std),
+                old_log_prob=trajectory.log_prob[s, rows].to(device),
+                advantage=advantage[rows, s].to(device),
+                pair=pair[rows, s].to(device),
                 mean=mean,
-                old_mean=trajectory.mean[s, rows],
+                old_mean=trajectory.mean[s, rows].to(device),
                 reference_mean=reference_mean,
                 std=std,
             )

@@ -75,10 +75,11 @@ class Share:
         """[len(mine), ...] on every process -> [G, ...] in the order of the groups, on every process."""
         if len(self.owners) == 1:
             return values
-        parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in self.owners]
-        dist.all_gather(parts, values.contiguous())
+        mine = values.contiguous().to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        parts = [torch.empty_like(mine) for _ in self.owners]
+        dist.all_gather(parts, mine)
         place = {g: n for n, g in enumerate(g for groups in self.owners for g in groups)}
-        return torch.cat(parts)[[place[g] for g in range(len(place))]]
+        return torch.cat(parts).to(values.device)[[place[g] for g in range(len(place))]]
 
 
 def deal(groups: int, updates: int) -> Share:

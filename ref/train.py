@@ -2,117 +2,73 @@
 
     python -m ref.train --preset digits --method pec --weight 1.0 --output-dir outputs/pec
     python -m ref.train --preset digits --method pec --weight 1.0 --output-dir outputs/pec --resume
+    python -m ref.train --preset sd35_medium --memory 24 --method pec --output-dir outputs/sd35
+    accelerate launch --num_processes 8 -m ref.train --preset flux_dev --method pcvae --output-dir outputs/flux
 
 An output directory holds
 
-    run.json              preset, method, weight and settings; a directory belongs to one run
-    checkpoint-*.pt       the last two checkpoints
-    metrics.json          `State.metrics` of every iteration up to the newest checkpoint
+    run.json              preset, method, weight, options and settings; a directory belongs to one run
+    checkpoint-*.pt       the last two checkpoints; SIGTERM writes one more and ends with exit code 0
+    metrics.json          `State.metrics` of every iteration up to the newest checkpoint; where there was an
+                          evaluation, its numbers too, with `eval_` before their names
     evaluation.json       base model and fine-tuned model, sampled with the ODE on fixed noise
+    images/               the images of periodic evaluations, a line for each prompt
+    logs/                 of TensorBoard, where it is asked for
     weights/              the trained weights: a LoRA that stock diffusers loads, or the small network
 
-A preset is a function that returns a `Task` and its `Settings`; the loop is `grpo.train` for all.
+With several processes the first one writes, and all must see the directory. Evaluated and saved are the
+averaged weights where `ema` keeps such.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
 
 import torch
 
 from ref import checkpoint, metrics
-from ref.grpo import Samples, Settings, calibrate_on, sample, start, train
+from ref.card import model_card
+from ref.grpo import Settings, calibrate_on, sample, scores, start, train
+from ref.layout import deal_padded, over_processes, processes, rank
 from ref.methods import METHODS
 from ref.perceptual import perceptual_entropy
+from ref.pipelines import out_of_memory
+from ref.presets import PRESETS, VARIANTS, Task, settings_of
+
+# What a resumed run may have otherwise: its length, and what moves memory and time, or roundings at most.
+MAY_CHANGE = ("iterations", "micro_batch", "memory", "gradient_checkpointing", "tiling", "decode_batch", "cache_dir")
+TRACKERS = ("none", "tensorboard", "wandb")
 
 
-@dataclass
-class Task:
-    """What is fine-tuned, on what, towards what."""
-
-    model: torch.nn.Module
-    prompts: list[str]
-    reward: Callable
-    encoder: Callable
-    measures: dict[str, Callable] = field(default_factory=dict)  # name -> f(images, prompts) -> float
-
-
-def chosen(table: dict[str, Callable], encoder: str | None) -> Callable:
-    """The encoder of that name, the first of the table by default. Raises ValueError for an unknown name."""
-    if encoder is not None and encoder not in table:
-        raise ValueError(f"unknown encoder {encoder!r}; this preset has {', '.join(table)}")
-    return table[encoder or next(iter(table))]
-
-
-def digits(encoder: str | None = None) -> Task:
-    """Ten captions; measured, whatever phi is, in all the perceptual spaces of digits.py."""
-    from ref import digits
-
-    model, reward, phi, judge = digits.load()
-    model.add_lora(rank=16, alpha=32)
-    spaces = digits.encoders(reward, phi)
-    held_out = digits.SlantReward(judge)  # the reward, read by the network that training never sees
-    measures = {
-        "legibility": lambda images, prompts: digits.legibility(judge, images, prompts),
-        "judge_reward": lambda images, prompts: held_out(images, prompts).mean().item(),
-    }
-    for space, f in spaces.items():
-        measures[f"var_{space}"] = lambda images, prompts, f=f: (
-            metrics.feature_variance(grouped(f(images), prompts)).mean().item()
-        )
-    return Task(model, digits.PROMPTS, reward, chosen(spaces, encoder), measures)
-
-
-def grouped(features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """[B, D] -> [G, K, D] for group-major samples of G different prompts."""
-    return features.unflatten(0, (len(set(prompts)), -1))
-
-
-def mixture(encoder: str | None = None) -> Task:
-    """Six modes on a ring, from reward 0 to 1; features are directions, so they are bounded."""
-    from ref.mixture import MixtureFlow, effective_modes, ring, tilted
-
-    world = ring(6)
-    directions = chosen({"direction": torch.nn.functional.normalize}, encoder)
-    modes = lambda images, prompts: effective_modes(world.occupancy(images)).item()  # noqa: E731
-    reward = tilted(world, torch.linspace(0, 1, 6))
-    return Task(MixtureFlow(world), [""] * 32, reward, directions, {"effective_modes": modes})
-
-
-PRESETS = {
-    "mixture": (mixture, Settings(iterations=150, groups=32, group_size=16, updates=1, lr=1e-3, clip=0.2)),
-    "digits": (
-        digits,
-        Settings(iterations=100, groups=5, group_size=24, window=4, lr=4e-3, lr_schedule="cosine", clip=1e-2),
-    ),
-}
-
-
-def evaluate(task: Task, settings: Settings, bandwidth: float, group_size: int = 64) -> tuple[dict, Samples]:
-    """Quality and diversity of the model as it stands: group_size ODE samples of every prompt.
+def evaluate(task: Task, settings: Settings, bandwidth: float) -> tuple[dict, torch.Tensor]:
+    """Quality and diversity of the model as it stands, and the images [G K, ...]: ODE samples of every prompt.
 
     The noise is that of seed 0 whatever the run's seed, so rows of a table differ by their models alone.
     """
-    schedule = task.model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
-    samples = sample(task.model, task.prompts, group_size, schedule.ode(), ("evaluate",))
-    groups = (len(task.prompts), group_size)
-    phi = task.encoder(samples.images).unflatten(0, groups)
-    flat = {k: v.flatten(1).unflatten(0, groups) for k, v in (("vae", samples.latents), ("pixel", samples.images))}
+    steps = task.evaluation_steps or settings.steps
+    schedule = task.model.schedule(steps, kind=settings.kind, noise_level=settings.noise_level).ode()
+    prompts, K = task.evaluation or task.prompts, task.images_per_prompt
+    share = deal_padded(len(prompts))
+    layout = list(torch.arange(len(share.mine) * K).split(settings.micro_batch))
+    own = sample(task.model, [prompts[g] for g in share.mine], K, schedule, ("evaluate",), layout, share.mine)
+    reward = scores(task.reward, own, share, own.images, own.prompts)
+    phi = scores(task.encoder, own, share, own.images)
+    images, latents = (share.gather(v.unflatten(0, (-1, K))) for v in (own.images, own.latents))
+    repeated = [p for p in prompts for _ in range(K)]
     return {
-        "reward": task.reward(samples.images, samples.prompts).mean().item(),
+        "reward": reward.mean().item(),
         "perceptual_entropy": perceptual_entropy(phi, bandwidth, "mean").mean().item(),
         "feature_variance": metrics.feature_variance(phi).mean().item(),
         "pairwise_distance": metrics.mean_pairwise_distance(phi).mean().item(),
         "vendi_score": metrics.vendi_score(phi).mean().item(),
-        "vae_variance": metrics.feature_variance(flat["vae"]).mean().item(),
-        "pixel_variance": metrics.feature_variance(flat["pixel"]).mean().item(),
-    } | {name: f(samples.images, samples.prompts) for name, f in task.measures.items()}, samples
+        "vae_variance": metrics.feature_variance(latents.flatten(2)).mean().item(),
+        "pixel_variance": metrics.feature_variance(images.flatten(2)).mean().item(),
+    } | {name: f(images.flatten(0, 1), repeated) for name, f in task.measures.items()}, images.flatten(0, 1)
 
 
 def write_json(path: Path, value) -> None:
@@ -127,14 +83,31 @@ def claim_directory(folder: Path, description: dict, resume: bool) -> None:
         return write_json(record, description)
     if not resume:
         raise ValueError(f"{folder} holds a run already; continue it with --resume or choose another --output-dir")
-    before = json.loads(record.read_text())
-    old, new = before | before.pop("settings"), description | description["settings"]
-    changed = [k for k, v in new.items() if k not in ("settings", "iterations") and old.get(k) != v]
-    if changed:
-        k = changed[0]
-        raise ValueError(f"{folder} holds a run with {k} = {old.get(k)}, not {new[k]}; choose another --output-dir")
+    before, now = json.loads(record.read_text()), dict(description)
+    old = before | before.pop("settings") | before.pop("options", {})
+    new = now | now.pop("settings") | now.pop("options", {})
+    for k in dict.fromkeys([*new, *old]):
+        known = k in old or k in OPTIONS  # a directory of an earlier version knows fewer settings
+        if known and k not in MAY_CHANGE and old.get(k) != new.get(k):
+            raise ValueError(
+                f"{folder} holds a run with {k} = {old.get(k)}, not {new.get(k)}; choose another --output-dir"
+            )
 
 
+def load(folder: Path, keys: dict[str, str]) -> dict | None:
+    """The newest checkpoint. Raises ValueError when processes see different ones, or prompts are encoded otherwise."""
+    saved = checkpoint.load_latest(folder)
+    reached = saved["iteration"] if saved else 0
+    if processes() > 1:
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        if over_processes(torch.tensor(float(reached), device=device), largest=True) != reached:
+            raise ValueError(f"not every process sees the checkpoints in {folder}; it must lie on a shared file system")
+    if saved and saved.get("embeddings", keys) != keys:
+        raise ValueError(f"the run in {folder} had other prompts or text encoders; choose another --output-dir")
+    return saved
+
+
+@out_of_memory("while training", "lower micro_batch or decode_batch, or add gradient checkpointing (--memory 24)")
 def run(
     preset: str,
     method: str,
@@ -146,8 +119,17 @@ def run(
     progress: bool = True,
     space: str | None = None,
     encoder: str | None = None,
+    options: dict | None = None,
+    evaluate_every: int = 0,
+    log_with: str = "none",
 ) -> dict:
-    """Train, save and evaluate one run. `space` is the method's (methods.py), `encoder` the preset's phi by name.
+    """Train, save and evaluate one run.
+
+    space            the method's (methods.py)
+    encoder          phi by name
+    options          of the large presets: keyword arguments of `presets.text_to_image`
+    evaluate_every   iterations between evaluations; 0: only before and after
+    log_with         none, tensorboard or wandb
 
     Returns "base" and "final" (numbers of `evaluate`), "history" (`State.metrics` of every iteration),
     "seconds" (training), "base_images" and "images" (those of `evaluate`, prompt by prompt).
@@ -155,12 +137,22 @@ def run(
     Raises ValueError with one clear line for an unknown preset or method, a bad setting, or a directory
     that holds another run.
     """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
     from tqdm import tqdm
 
-    for kind, choice, table in (("preset", preset, PRESETS), ("method", method, METHODS)):
+    options = options or {}
+    for kind, choice, table in (
+        ("preset", preset, PRESETS),
+        ("method", method, METHODS),
+        ("tracker", log_with, TRACKERS),
+    ):
         if choice not in table:
             raise ValueError(f"unknown {kind} {choice!r}; choose one of {', '.join(table)}")
-    build, default = PRESETS[preset]
+    if options and preset not in VARIANTS:
+        raise ValueError(f"preset {preset} takes no {next(iter(options))}; that is for {', '.join(VARIANTS)}")
+    build = PRESETS[preset][0]
+    default = settings_of(preset, options.get("memory"))
     settings = settings or default
     policy = METHODS[method](weight, clip=settings.clip, space=space)
     folder = Path(output_dir)
@@ -170,33 +162,88 @@ def run(
         "weight": policy.weight,
         "space": policy.space,
         "encoder": encoder,
+        **({"options": {k: v if v is None else str(v) for k, v in options.items()}} if options else {}),
         "settings": dataclasses.asdict(settings),
     }
-    claim_directory(folder, description, resume)
+    project = ProjectConfiguration(str(folder), logging_dir=str(folder / "logs"))
+    accelerator = Accelerator(log_with=tracker(log_with), project_config=project)
+    first = accelerator.is_main_process
+    if first:
+        claim_directory(folder, description, resume)
+    accelerator.wait_for_everyone()
 
-    task = build(encoder)
+    task = build(encoder, **options)
+    keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
+    saved = load(folder, keys) if resume else None
     state, history = start(task.model, settings), []
-    state.bandwidth = calibrate_on(task.model, task.prompts, task.encoder, settings)
+    state.bandwidth = saved["bandwidth"] if saved else calibrate_on(task.model, task.prompts, task.encoder, settings)
     base, before = evaluate(task, settings, state.bandwidth)
-    saved = checkpoint.load_latest(folder) if resume else None
-    if saved is not None:
+    if saved:
         state.load_state_dict(saved)
         history = saved["history"]
+    if log_with != "none":
+        accelerator.init_trackers("perceptual-entropy", {k: str(v) for k, v in description.items()})
+
+    newest, lock = {}, threading.Lock()  # the last finished iteration, ready to be written
+
+    def save() -> None:
+        with lock:
+            if newest:
+                checkpoint.save(folder, newest["iteration"], newest["packed"])
+                write_json(folder / "metrics.json", newest["history"])
 
     loop = train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state)
-    bar = tqdm(loop, f"{method:>12}", settings.iterations, initial=state.iteration, disable=not progress)
-    for state in bar:
-        history.append(state.metrics)
-        bar.set_postfix(reward=f"{state.metrics['reward']:.3f}", variance=f"{state.metrics['feature_variance']:.3f}")
-        if state.iteration % save_every == 0 or state.iteration == settings.iterations:
-            checkpoint.save(folder, state.state_dict() | {"history": history})
-            write_json(folder / "metrics.json", history)
+    bar = tqdm(loop, f"{method:>12}", settings.iterations, initial=state.iteration, disable=not (progress and first))
+    with checkpoint.saving_on_sigterm(save):
+        for state in bar:
+            n, entry = state.iteration, dict(state.metrics)
+            if evaluate_every and n % evaluate_every == 0:
+                with state.averaged():
+                    numbers, images = evaluate(task, settings, state.bandwidth)
+                entry |= {f"eval_{name}": value for name, value in numbers.items()}
+                if first:
+                    save_grid(folder / "images" / f"iteration-{n:06d}.png", images, task.images_per_prompt)
+            history = [*history, entry]
+            accelerator.log(entry, step=n)
+            bar.set_postfix(reward=f"{entry['reward']:.3f}", variance=f"{entry['feature_variance']:.3f}")
+            if first:
+                packed = checkpoint.pack(state.state_dict() | {"history": history, "embeddings": keys})
+                newest = {"iteration": n, "packed": packed, "history": history}
+                if n % save_every == 0 or n == settings.iterations:
+                    save()
 
-    final, after = evaluate(task, settings, state.bandwidth)
-    task.model.save(folder / "weights")
-    result = {"base": base, "final": final, "seconds": sum(m["seconds"] for m in history)}
-    write_json(folder / "evaluation.json", result)
-    return result | {"history": history, "base_images": before.images, "images": after.images}
+        with state.averaged():
+            final, after = evaluate(task, settings, state.bandwidth)
+            result = {"base": base, "final": final, "seconds": sum(m["seconds"] for m in history)}
+            if first:
+                task.model.save(folder / "weights")
+                if task.source:
+                    card = model_card(task.model, task.source, description, result, folder / "weights")
+                    checkpoint.atomic_write(
+                        folder / "weights" / "README.md", lambda temporary: temporary.write_text(card)
+                    )
+                write_json(folder / "evaluation.json", result)
+    for each in accelerator.trackers:
+        each.finish()
+    accelerator.wait_for_everyone()
+    return result | {"history": history, "base_images": before, "images": after}
+
+
+def tracker(name: str) -> str | None:
+    """What `Accelerator` takes; it would leave a tracker that is not installed out without a word."""
+    from accelerate.tracking import get_available_trackers
+
+    if name != "none" and name not in [str(t.value) for t in get_available_trackers()]:
+        raise ValueError(f"{name} is not installed; pip install {name}, or choose another --log-with")
+    return None if name == "none" else name
+
+
+def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
+    """One PNG, a line for each prompt."""
+    from torchvision.utils import save_image
+
+    path.parent.mkdir(exist_ok=True)
+    checkpoint.atomic_write(path, lambda temporary: save_image(images, temporary, nrow=columns, format="png"))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -209,41 +256,81 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir")
     parser.add_argument("--save-every", type=int, default=20, help="iterations between checkpoints (default: 20)")
+    parser.add_argument("--evaluate-every", type=int, help="iterations between evaluations (default: 50; 0 on toys)")
+    parser.add_argument("--log-with", help="none, tensorboard or wandb (default: tensorboard; none on toys)")
+    large = parser.add_argument_group(f"options of {', '.join(VARIANTS)}")
+    for name, (kind, text) in OPTIONS.items():
+        how = dict(action="store_true", default=None) if kind is bool else dict(type=kind)
+        large.add_argument(f"--{name.replace('_', '-')}", **how, help=text)
     hints = get_type_hints(Settings)
+    table = parser.add_argument_group("settings (default: the preset's)")
     for f in dataclasses.fields(Settings):
         kind = {int | None: int, bool: lambda text: text.lower() in ("1", "true", "yes")}.get(
             hints[f.name], hints[f.name]
         )
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help="setting; default from the preset")
+        table.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar=f.name.upper())
     return parser.parse_args(arguments)
 
 
+OPTIONS = {
+    "memory": (int, "of the GPU in GB: 24, 48 or 80 (default: 80)"),
+    "model": (str, "a diffusers folder or hub id in place of the preset's"),
+    "reward": (str, "what to raise, as rewards.py reads it: pickscore, or pickscore:0.7+ocr:0.3 (default: pickscore)"),
+    "prompts": (str, "a .txt or .jsonl file, or train, evaluation or ocr (default: train)"),
+    "evaluation_prompts": (str, "likewise, for evaluations (default: evaluation)"),
+    "evaluation_steps": (int, "denoising steps of evaluations"),
+    "images_per_prompt": (int, "of evaluations (default: 4)"),
+    "height": (int, "of the images in pixels"),
+    "width": (int, "likewise"),
+    "guidance_scale": (float, "1 is off on SD3"),
+    "shift": (float, "of the time grid (default: the pipeline's)"),
+    "lora_rank": (int, "0 trains all weights"),
+    "lora_alpha": (float, "default: twice the rank"),
+    "gradient_checkpointing": (bool, "less memory, a third more time"),
+    "tiling": (bool, "decode in tiles"),
+    "decode_batch": (int, "images at once through the VAE"),
+    "max_sequence_length": (int, "T5 tokens"),
+    "cache_dir": (Path, "of prompt embeddings"),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    given = vars(parse(arguments))
+    large = given["preset"] in VARIANTS
+    options = {name: given[name] for name in OPTIONS if given[name] is not None}
     try:
-        _, default = PRESETS.get(options.preset, (None, Settings()))
-        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
-        settings = dataclasses.replace(default, **{k: v for k, v in given.items() if v is not None})
-        if options.save_every < 1:
-            raise ValueError(f"save_every must be at least 1, got {options.save_every}")
+        changes = {f.name: given[f.name] for f in dataclasses.fields(Settings) if given[f.name] is not None}
+        default = settings_of(given["preset"], options.get("memory")) if given["preset"] in PRESETS else Settings()
+        settings = dataclasses.replace(default, **changes)
+        every = given["evaluate_every"] if given["evaluate_every"] is not None else 50 * large
+        if given["save_every"] < 1:
+            raise ValueError(f"save_every must be at least 1, got {given['save_every']}")
         began = time.perf_counter()
         result = run(
-            options.preset,
-            options.method,
-            options.output_dir,
-            options.weight,
+            given["preset"],
+            given["method"],
+            given["output_dir"],
+            given["weight"],
             settings,
-            options.resume,
-            options.save_every,
-            space=options.space,
-            encoder=options.encoder,
+            given["resume"],
+            given["save_every"],
+            space=given["space"],
+            encoder=given["encoder"],
+            options=options,
+            evaluate_every=every,
+            log_with=given["log_with"] or ("tensorboard" if large else "none"),
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if processes() > 1:
+        others = rank() > 0
+        torch.distributed.destroy_process_group()
+        if others:
+            return 0
     for name, value in result["final"].items():
         print(f"{name:>20}  {result['base'][name]:9.4f} -> {value:9.4f}")
-    print(f"{time.perf_counter() - began:.0f} s; results in {options.output_dir}")
+    print(f"{time.perf_counter() - began:.0f} s; results in {given['output_dir']}")
     return 0
 
 
