@@ -16,7 +16,7 @@ COLORS = {
     "flow_grpo": "#c44e52",
     "flow_grpo_kl": "#dd8452",
     "clip_higher": "#937860",
-    "entropy_reg": "#8c8c8c",
+    "entropy_reg": "#64b5cd",
     "clip_cov": "#da8bc3",
     "kl_cov": "#8172b3",
     "pec": "#4c72b0",
@@ -79,7 +79,7 @@ def image_grid(
     A model with more images than columns gets several lines. Grey images are drawn as ink on paper.
     """
     lines = {label: -(-len(images) // columns) for label, images in rows.items()}
-    figure = Figure(figsize=(0.62 * columns + 1.3, 0.62 * sum(lines.values()) + 0.35 * bool(title)), dpi=110)
+    figure = Figure(figsize=(0.62 * columns + 1.3, 0.62 * sum(lines.values()) + 0.35 * bool(title)), dpi=80)
     top = 1 - 0.35 * bool(title) / figure.get_figheight()
     grid = figure.add_gridspec(
         sum(lines.values()),
@@ -214,7 +214,8 @@ def reward_diversity_front(points: dict[str, list[tuple[str, list[float], list[f
     for kind, runs in points.items():
         color = color_of(kind)
         means = np.array([[np.mean(run[1]), np.mean(run[2])] for run in runs])
-        axis.plot(*means.T, color=color, marker=next(markers), lw=1.2, ms=5, label=label(kind))
+        style = {"color": color, "ls": ":" if "@latent" in kind else "-", "lw": 1.2}
+        axis.plot(*means.T, marker=next(markers), ms=5, label=label(kind), **style)
         for (note, x, y), mean in zip(runs, means):
             axis.annotate(note, mean, textcoords="offset points", xytext=(5, 5), fontsize=7, color=color)
             if (n := len(x)) >= 3:
