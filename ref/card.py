@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-LORA = """pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
+LORA = """pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("{folder}")"""
-WEIGHTS = """transformer = {transformer}.from_pretrained("{folder}", torch_dtype=torch.bfloat16)
-pipe = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16).to("cuda")"""
+WEIGHTS = """transformer = {transformer}.from_pretrained("{folder}", dtype=torch.bfloat16)
+pipe = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, dtype=torch.bfloat16).to("cuda")"""
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:

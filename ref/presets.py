@@ -11,12 +11,12 @@ A preset is a function that builds a `Task`, and the `Settings` it runs with; th
 | `flux_dev_720` | FLUX.1-dev, 720 px, LoRA r128                  | DanceGRPO, the paper's: 16 steps, eta 0.3, shift 3, same noise, the first 60 % of the steps |
 
 The large ones take the options of `text_to_image`, among them a folder in place of the model, and `memory`,
-the GPU's in GB. What is computed is the same in all variants, up to rounding; what it takes is *computed*, not
+the GPU's in GB. All variants of a preset do the same, up to rounding. The memory below is *computed*, not
 measured: `ref.memory`, plus PickScore in float32 (3.7 GiB), averaged weights, 1 GiB for CUDA, and a tenth.
 
 |                | 24 GB               | 48 GB               | 80 GB               |
 |----------------|---------------------|---------------------|---------------------|
-| `sd35_medium`  | 16 ckpt, 16.8 GiB   | 6, 37.7 GiB         | 12, 64.8 GiB        |
+| `sd35_medium`  | 12 ckpt, 15.2 GiB   | 6, 37.7 GiB         | 12, 64.8 GiB        |
 | `flux_dev`     | none                | 8 ckpt, 39.4 GiB    | 4, 70.6 GiB         |
 | `flux_dev_720` | none                | 4 ckpt, 40.6 GiB    | 2, 66.8 GiB         |
 
@@ -150,7 +150,8 @@ def text_to_image(
     from ref.rewards import load_reward
 
     training, evaluation = read_prompts(prompts), read_prompts(evaluation_prompts)
-    device = PartialState().device
+    device = PartialState().device  # this process's GPU; "cpu:0" among several processes on the CPU
+    device = torch.device("cpu") if device.type == "cpu" else device
     if adapter.get("lora_rank") == 0:
         adapter["lora_rank"] = None
     adapter = {k: v for k, v in variants[memory].items() if k != "micro_batch"} | adapter
@@ -170,7 +171,7 @@ def text_to_image(
 
 CHECKPOINTED = dict(gradient_checkpointing=True, decode_batch=2)
 VARIANTS = {  # the table above
-    "sd35_medium": {24: CHECKPOINTED | dict(micro_batch=16), 48: dict(micro_batch=6), 80: dict(micro_batch=12)},
+    "sd35_medium": {24: CHECKPOINTED | dict(micro_batch=12), 48: dict(micro_batch=6), 80: dict(micro_batch=12)},
     "flux_dev": {48: CHECKPOINTED | dict(micro_batch=8), 80: dict(micro_batch=4)},
     "flux_dev_720": {48: CHECKPOINTED | dict(micro_batch=4), 80: dict(micro_batch=2)},
 }

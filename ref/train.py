@@ -166,7 +166,8 @@ def run(
         "settings": dataclasses.asdict(settings),
     }
     project = ProjectConfiguration(str(folder), logging_dir=str(folder / "logs"))
-    accelerator = Accelerator(log_with=tracker(log_with), project_config=project)
+    cpu = not torch.accelerator.is_available()  # accelerate would not join several processes without a GPU
+    accelerator = Accelerator(cpu=cpu, log_with=tracker(log_with), project_config=project)
     first = accelerator.is_main_process
     if first:
         claim_directory(folder, description, resume)

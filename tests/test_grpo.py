@@ -204,6 +204,35 @@ def test_cosine_learning_rate_falls_from_lr_towards_zero():
     assert rates[0] == settings.lr and rates[5] == pytest.approx(settings.lr / 2) and rates[9] < 0.03 * settings.lr
 
 
+def test_averaged_weights_move_once_an_optimiser_step_and_are_lent_not_given():
+    settings = dataclasses.replace(SMALL, ema=0.75, iterations=1, updates=1, micro_batch=4)
+    model, reward, phi = small_model()
+    before = copy.deepcopy(trainable(model))
+    state = next(train(model, PROMPTS, reward, phi, METHODS["flow_grpo"](clip=0.1), settings))
+    after = copy.deepcopy(trainable(model))
+    for key, weight in after.items():
+        torch.testing.assert_close(state.ema[key], 0.75 * before[key] + 0.25 * weight)
+    assert any((after[key] != before[key]).any() for key in after)
+    with state.averaged():
+        assert all(torch.equal(weight, state.ema[key]) for key, weight in trainable(model).items())
+    assert all(torch.equal(weight, after[key]) for key, weight in trainable(model).items())
+
+
+def test_same_noise_and_trained_share_change_what_they_name_and_nothing_else():
+    model, reward, phi = small_model()
+
+    def first(**changes):
+        settings = dataclasses.replace(SMALL, steps=6, **changes)
+        return next(train(small_model()[0], PROMPTS, reward, phi, METHODS["pec"](), settings)).samples.trajectory
+
+    plain, same, part = first(), first(same_noise=True), first(trained=0.5)
+    groups = same.x[0].unflatten(0, (4, 3))
+    assert (groups == groups[:, :1]).all() and not torch.equal(groups[0], groups[1])
+    assert torch.equal(same.x[0, ::3], plain.x[0, ::3]) and not torch.equal(same.x[-1, 0], same.x[-1, 1])
+    assert plain.steps == (0, 1, 2, 3, 4) and part.steps == (0, 1, 2)
+    assert torch.equal(part.x, plain.x) and torch.equal(part.log_prob, plain.log_prob[:3])
+
+
 def test_step_weights_have_mean_one():
     schedule = FlowSchedule(time_grid(6), noise_level=0.7)
     for omega in ("uniform", "variance"):
@@ -294,7 +323,18 @@ def test_a_weight_out_of_range_is_refused(weight):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(group_size=1), dict(steps=1), dict(updates=9), dict(window=4), dict(lr=-1.0), dict(omega="x")]
+    "change",
+    [
+        dict(group_size=1),
+        dict(steps=1),
+        dict(updates=9),
+        dict(window=4),
+        dict(lr=-1.0),
+        dict(omega="x"),
+        dict(ema=1.0),
+        dict(trained=0.0),
+        dict(window=1, trained=0.5),
+    ],
 )
 def test_bad_settings_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -52,17 +54,22 @@ def test_a_run_leaves_what_its_docstring_lists(finished):
     assert [p.name for p in checkpoint.checkpoints(finished)] == ["checkpoint-00000004.pt", "checkpoint-00000003.pt"]
 
 
-def test_killed_and_resumed_ends_bit_for_bit_as_the_uninterrupted_run(finished, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ref.train", *command(tmp_path, "--save-every", "1")],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+def started(folder, *extra):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ref.train", *command(folder, *extra)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def test_killed_at_random_and_resumed_ends_bit_for_bit_as_the_uninterrupted_run(finished, tmp_path):
+    process = started(tmp_path, "--save-every", "1")
     deadline = time.time() + 120
     while not checkpoint.checkpoints(tmp_path) and time.time() < deadline:
         time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))  # anywhere in the next iterations, in a write, in the evaluation
     process.send_signal(signal.SIGKILL)
     process.wait()
+    process.stderr.close()
     reached = checkpoint.load_latest(tmp_path)["iteration"]
     assert 1 <= reached <= 4
     if reached == 4:  # the machine was faster than the kill: go back to an earlier checkpoint
@@ -71,6 +78,27 @@ def test_killed_and_resumed_ends_bit_for_bit_as_the_uninterrupted_run(finished, 
     assert same(checkpoint.load_latest(tmp_path), checkpoint.load_latest(finished))
     final = [json.loads((folder / "evaluation.json").read_text())["final"] for folder in (tmp_path, finished)]
     assert final[0] == final[1]
+
+
+def test_sigterm_saves_at_once_and_ends_with_exit_code_0(tmp_path):
+    """Between checkpoints that are far apart; resumed, the run ends as if nothing had happened."""
+    endless = ["--lr-schedule", "constant", "--save-every", "1000000", "--ema", "0.5"]
+    process = started(tmp_path / "stopped", *endless, "--iterations", "1000000")
+    shown = ""
+    while not re.search(r" [1-9]\d*/1000000", shown):  # the progress bar counts a finished iteration
+        shown += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    process.stderr.read()
+    assert process.wait() == 0
+    process.stderr.close()
+    [saved] = checkpoint.checkpoints(tmp_path / "stopped")
+    reached = int(saved.stem.partition("-")[2])
+    assert len(json.loads((tmp_path / "stopped" / "metrics.json").read_text())) == reached >= 1
+    more = [*endless, "--iterations", str(reached + 2)]
+    assert main(command(tmp_path / "stopped", *more, "--resume")) == 0
+    assert main(command(tmp_path / "whole", *more)) == 0
+    states = [checkpoint.load_latest(tmp_path / name) for name in ("stopped", "whole")]
+    assert states[0]["iteration"] == reached + 2 and states[0]["ema"] and same(*states)
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, capsys):
@@ -164,6 +192,8 @@ def test_a_directory_with_another_run_is_refused(finished, capsys):
     assert "holds a run with method = pec, not flow_grpo" in capsys.readouterr().err
     assert main(command(finished, "--resume", "--seed", "5")) == 2
     assert "holds a run with seed = 0, not 5" in capsys.readouterr().err
+    assert main(command(finished, "--resume", "--log-with", "clipboard")) == 2
+    assert "unknown tracker 'clipboard'" in capsys.readouterr().err
     assert sorted(p.name for p in finished.iterdir()) == before
 
 

@@ -1,0 +1,230 @@
+"""A row of tables 1 and 2 for any text-to-image pipeline of diffusers, and the table of many rows.
+
+    python -m ref.evaluate --model stabilityai/stable-diffusion-3.5-medium --output sd35.csv
+    python -m ref.evaluate --model black-forest-labs/FLUX.1-dev --lora outputs/flux/weights --name PEC --output pec.csv
+    python -m ref.evaluate --table sd35.csv pec.csv
+
+For each prompt K images are drawn from seeds that depend on (prompt's number, image's number) alone, so rows
+differ by their models. Quality columns are mean rewards (rewards.py), diversity columns are measured within
+a prompt and averaged over prompts (metrics.py):
+
+    var_X                           feature variance, trace of the covariance, times 100; X = dino, clip, pickscore
+    dino_diversity, clip_diversity  mean pairwise L2 distance of unit-norm features
+
+What was not asked for stays empty, as var_image_reward always does: ImageReward reads image and prompt
+together, and the paper's page does not say which of its features are meant. Norm.Avg leaves empty cells
+out. The paper prints DINO and CLIP distances on another scale (a reading: features that are not
+normalised), so its rows and these do not belong into one table.
+"""
+
+import argparse
+import csv
+import io
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ref import metrics
+from ref.checkpoint import atomic_write
+from ref.encoders import load_encoder
+from ref.grpo import checked
+from ref.layout import generator_for
+from ref.pipelines import hub_errors, locate, out_of_memory
+from ref.presets import read_prompts
+from ref.rewards import load_reward
+
+REWARDS = {  # name in rewards.py -> column
+    "pickscore": "pickscore",
+    "aesthetic": "aesthetic_v2_5",
+    "image_reward": "image_reward",
+    "clip_score": "clip_score",
+    "hpsv2": "hps_v2_1",
+    "unified_reward": "unified_reward",
+}
+QUALITY = dict(zip(REWARDS.values(), (".3f", ".3f", ".3f", ".3f", ".3f", ".3f")))
+DIVERSITY = {
+    "dino_diversity": ".3f",
+    "clip_diversity": ".3f",
+    "var_clip": ".2f",
+    "var_dino": ".2f",
+    "var_image_reward": ".2f",
+    "var_pickscore": ".2f",
+}
+
+
+def load_pipeline(model: str, lora: str | None, device: str):
+    """Any diffusers pipeline, in bfloat16 on a GPU, with a LoRA if one is given. Raises OSError with the remedy."""
+    from diffusers import DiffusionPipeline
+
+    source = locate(model)
+    with hub_errors(source.model):
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        pipe = DiffusionPipeline.from_pretrained(source.model, dtype=dtype)
+    if lora is not None:
+        with hub_errors(lora):
+            pipe.load_lora_weights(lora)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def draw(pipe, prompt: str, number: int, count: int, batch: int, **options) -> Tensor:
+    """`count` images [K, 3, H, W] in [0, 1] of the prompt with this number, on the CPU."""
+    seeds = [generator_for("evaluate", number, k) for k in range(count)]
+    parts = [seeds[i : i + batch] for i in range(0, count, batch)]
+    images = [pipe([prompt] * len(part), generator=part, output_type="pt", **options).images for part in parts]
+    return torch.cat([part.float().cpu() for part in images])
+
+
+@torch.no_grad()
+def evaluate(
+    pipe,
+    prompts: list[str],
+    images_per_prompt: int,
+    rewards: dict,
+    encoders: dict,
+    batch: int = 4,
+    keep=None,
+    **options,
+) -> dict[str, float]:
+    """The columns of a row.
+
+    rewards, encoders   column -> reward model; name -> encoder
+    keep                called with (number, images) of every prompt
+    options             of the pipeline: num_inference_steps, guidance_scale, height, width
+
+    Raises ValueError naming network and prompt for a NaN.
+    """
+    from tqdm import tqdm
+
+    values = {}
+    for number, prompt in enumerate(tqdm(prompts, "prompts")):
+        images, repeated = draw(pipe, prompt, number, images_per_prompt, batch, **options), [prompt] * images_per_prompt
+        if keep:
+            keep(number, images)
+        for name, encoder in encoders.items():
+            phi = checked(encoder(images), encoder.name, repeated)[None]
+            values.setdefault(f"var_{name}", []).append(100 * metrics.feature_variance(phi).item())
+            values.setdefault(f"{name}_diversity", []).append(metrics.mean_pairwise_distance(phi).item())
+        for column, reward in rewards.items():
+            values.setdefault(column, []).append(checked(reward(images, repeated), reward.name, repeated).mean().item())
+    return {column: sum(each) / len(each) for column, each in values.items()}
+
+
+def read_rows(files: list[Path]) -> list[dict]:
+    """Rows of the files, in their order, with "name" and a number or None for every column of the tables."""
+    rows = []
+    for file in files:
+        with file.open(newline="", encoding="utf-8") as stream:
+            for number, line in enumerate(csv.DictReader(stream), 2):
+                name = line.get("name") or line.get("method")
+                if not name:
+                    raise ValueError(f"{file}, line {number}: no name; a row is what --output writes")
+                try:
+                    rows.append({"name": name} | {c: float(line.get(c) or "nan") for c in (*QUALITY, *DIVERSITY)})
+                except ValueError as error:
+                    raise ValueError(f"{file}, line {number}: {error}") from error
+    if not rows:
+        raise ValueError("the files hold no rows")
+    return rows
+
+
+def table(rows: list[dict], form: str = "markdown") -> str:
+    """Rows of `read_rows` with Norm.Avg of quality and diversity, and Overall. Columns without any value are left out."""
+    columns, averages = {}, []
+    for kind, names in (("quality", QUALITY), ("diversity", DIVERSITY)):
+        average = metrics.normalized_average(torch.tensor([[row[c] for c in names] for row in rows]))
+        averages.append(average)
+        columns |= {c: f for c, f in names.items() if any(not math.isnan(row[c]) for row in rows)}
+        columns[f"{kind}_norm_avg"] = ".3f"
+        rows = [row | {f"{kind}_norm_avg": a} for row, a in zip(rows, average.tolist())]
+    rows = [row | {"overall": o} for row, o in zip(rows, (sum(averages) / 2).tolist())]
+    known = [{k: v if k == "name" or not math.isnan(v) else None for k, v in row.items()} for row in rows]
+    return metrics.table(known, columns | {"overall": ".3f"}, form)
+
+
+def save_images(folder: Path, number: int, images: Tensor) -> None:
+    from torchvision.utils import save_image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(images):
+        save_image(image, folder / f"{number:04d}-{k}.png")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ref.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a diffusers folder or hub id")
+    parser.add_argument("--lora", help="folder of LoRA weights, as ref.train saves it")
+    parser.add_argument("--name", help="of the row (default: the model's)")
+    parser.add_argument("--prompts", default="evaluation", help=".txt or .jsonl file (default: the evaluation set)")
+    parser.add_argument("--images-per-prompt", type=int, default=8, help="K (default: 8)")
+    parser.add_argument(
+        "--rewards", nargs="*", default=["pickscore", "aesthetic", "image_reward", "clip_score", "hpsv2"]
+    )
+    parser.add_argument("--encoders", nargs="*", default=["dino", "clip", "pickscore"], help="spaces of diversity")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")
+    parser.add_argument("--guidance-scale", type=float, help="(default: the pipeline's)")
+    parser.add_argument("--height", type=int, help="in pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=int, help="in pixels (default: the pipeline's)")
+    parser.add_argument("--batch", type=int, default=4, help="images at once (default: 4)")
+    parser.add_argument("--images", type=Path, help="folder for the images as PNG")
+    parser.add_argument("--output", type=Path, help="the row as CSV (default: standard output)")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="CSV", help="build the table of these rows instead")
+    parser.add_argument("--form", default="markdown", choices=("markdown", "latex", "csv"), help="of the table")
+    return parser.parse_args(arguments)
+
+
+def row(options: argparse.Namespace) -> dict:
+    """Load everything, draw, score. Raises ValueError or OSError with one clear line."""
+    if not options.model:
+        raise ValueError("give --model, or --table with rows to put together")
+    if options.images_per_prompt < 2 or options.batch < 1:
+        raise ValueError("images-per-prompt must be at least 2 (one image has no diversity), batch at least 1")
+    prompts = read_prompts(options.prompts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoders = {name.partition("=")[0]: load_encoder(name, device) for name in options.encoders}
+    rewards = {}
+    for spec in options.rewards:
+        name = spec.partition("=")[0]
+        rewards[REWARDS.get(name, name)] = load_reward(spec, device, encoders=encoders.values())
+    pipe = load_pipeline(options.model, options.lora, device)
+    given = dict(
+        num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
+        height=options.height, width=options.width,
+    )  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    keep = (lambda number, images: save_images(options.images, number, images)) if options.images else None
+    values = evaluate(pipe, prompts, options.images_per_prompt, rewards, encoders, options.batch, keep, **given)
+    name = options.name or " + ".join(filter(None, (options.model, options.lora)))
+    return {"name": name, "prompts": len(prompts), "images_per_prompt": options.images_per_prompt} | {
+        column: values.get(column, "") for column in dict.fromkeys((*QUALITY, *DIVERSITY, *values))
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        if options.table:
+            print(table(read_rows(options.table), options.form))
+            return 0
+        with out_of_memory("while evaluating", "lower --batch, or give smaller --height and --width"):
+            values = row(options)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, values.keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(values)
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(options.output, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+        else:
+            print(text.getvalue(), end="")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
