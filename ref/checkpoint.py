@@ -4,7 +4,6 @@ A file is written beside its final name, flushed to the disk and then renamed: a
 file or the new one, never half of one. The last two are kept, so a damaged file costs one interval.
 """
 
-import io
 import os
 import re
 import signal
@@ -41,17 +40,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def pack(state: dict) -> memoryview:
-    """`state` (tensors and plain Python values) as the bytes of a checkpoint file: a copy that stays as it is."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
+def snapshot(state):
+    """A copy of nested dictionaries and lists in which every tensor is a copy of its own, on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    return [snapshot(value) for value in state] if isinstance(state, list) else state
 
 
-def save(folder: Path, iteration: int, packed: memoryview) -> Path:
-    """Write checkpoint-<iteration>.pt and prune old ones."""
-    path = folder / f"checkpoint-{iteration:08d}.pt"
-    atomic_write(path, lambda temporary: temporary.write_bytes(packed))
+def save(folder: Path, state: dict) -> Path:
+    """Write `state` (tensors and plain Python values) as checkpoint-<iteration>.pt and prune old ones."""
+    path = folder / f"checkpoint-{state['iteration']:08d}.pt"
+    atomic_write(path, lambda temporary: torch.save(state, temporary))
     for old in checkpoints(folder)[KEEP:]:
         old.unlink()
     return path

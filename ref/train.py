@@ -185,12 +185,12 @@ def run(
     if log_with != "none":
         accelerator.init_trackers("perceptual-entropy", {k: str(v) for k, v in description.items()})
 
-    newest, lock = {}, threading.Lock()  # the last finished iteration, ready to be written
+    newest, lock = {}, threading.Lock()  # the last finished iteration as it was, for SIGTERM comes at any time
 
     def save() -> None:
         with lock:
             if newest:
-                checkpoint.save(folder, newest["iteration"], newest["packed"])
+                checkpoint.save(folder, newest)
                 write_json(folder / "metrics.json", newest["history"])
 
     loop = train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state)
@@ -208,8 +208,7 @@ def run(
             accelerator.log(entry, step=n)
             bar.set_postfix(reward=f"{entry['reward']:.3f}", variance=f"{entry['feature_variance']:.3f}")
             if first:
-                packed = checkpoint.pack(state.state_dict() | {"history": history, "embeddings": keys})
-                newest = {"iteration": n, "packed": packed, "history": history}
+                newest = checkpoint.snapshot(state.state_dict()) | {"history": history, "embeddings": keys}
                 if n % save_every == 0 or n == settings.iterations:
                     save()
 

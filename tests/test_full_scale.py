@@ -260,3 +260,15 @@ def test_metrics_file_is_json_that_others_read(world, tmp_path):
     [entry] = json.loads((tmp_path / "metrics.json").read_text())
     phases = [entry[f"seconds_{phase}"] for phase in ("sample", "reward", "features", "update")]
     assert min(phases) > 0 and sum(phases) <= entry["seconds"]
+
+
+def test_bfloat16_and_checkpointing_keep_the_ratio_at_exactly_one(world, tmp_path):
+    """The GPU's arithmetic, with the fast variant's settings: a window of two Flow-CPS steps."""
+    fast = SETTINGS | dict(kind="cps", noise_level=0.8, window=2, steps=5, clip=1e-5)
+    settings = dataclasses.replace(settings_of("flux_dev"), **fast)
+    build = options(world, "flux") | dict(dtype=torch.bfloat16, gradient_checkpointing=True)
+    result = run("flux_dev", "pec", tmp_path, settings=settings, encoder=f"dino={world / 'dino'}", progress=False,
+                 options=build)  # fmt: skip
+    assert [m["ratio_error"] for m in result["history"]] == [0.0, 0.0]
+    saved = checkpoint.load_latest(tmp_path)
+    assert {weight.dtype for weight in saved["weights"].values()} == {torch.float32}
