@@ -46,4 +46,3 @@ def test_options_in_commands_exist(line):
         main(["--help"])
     options = re.findall(r"(--[\w-]+)", line.split(module, 1)[1].split("#")[0])
     assert set(options) <= set(re.findall(r"--[\w-]+", text.getvalue()))
-
