@@ -182,10 +182,12 @@ def sample(
     layout: list[Tensor] | None = None,
     groups: list[int] | None = None,
     same_noise: bool = False,
+    lap: Callable[[str], None] = lambda phase: None,
 ) -> Samples:
     """K = group_size samples of each prompt. `key` and the group's number seed its noise.
 
-    layout lists the micro-batches (default: one); groups the numbers of the prompts' groups (0, 1, ...).
+    layout lists the micro-batches (default: one); groups the numbers of the prompts' groups (0, 1, ...);
+    lap("sample") and lap("decode") are called when these are done.
     """
     repeated = [p for p in prompts for _ in range(group_size)]
     conditioning = model.encode(prompts)
@@ -202,16 +204,26 @@ def sample(
         path = rollout(lambda x, sigma: model.velocity(x, sigma, part), schedule, eps[0], eps=eps[1:])
         parts.append((path.x.cpu(), path.mean.cpu(), path.log_prob.cpu()))
     trajectory = Trajectory(*(torch.cat(values, 1) for values in zip(*parts)), schedule.steps)
-    return Samples(repeated, conditioning, trajectory, model.decode(trajectory.x[-1].to(device)).cpu())
+    lap("sample")
+    images = model.decode(trajectory.x[-1].to(device)).cpu()
+    lap("decode")
+    return Samples(repeated, conditioning, trajectory, images)
 
 
 def draw(
-    model, prompts: list[str], schedule: FlowSchedule, settings: Settings, share: Share, key: tuple, layout: list
+    model,
+    prompts: list[str],
+    schedule: FlowSchedule,
+    settings: Settings,
+    share: Share,
+    key: tuple,
+    layout: list,
+    **options,
 ) -> Samples:
-    """This process's samples of an iteration, with the trajectory's densities of the trained steps."""
+    """This process's samples of an iteration, with the trajectory's densities of the trained steps; as `sample`."""
     mine = [prompts[g] for g in share.mine]
     rows = [rows for part in layout for rows in part]
-    samples = sample(model, mine, settings.group_size, schedule, key, rows, share.mine, settings.same_noise)
+    samples = sample(model, mine, settings.group_size, schedule, key, rows, share.mine, settings.same_noise, **options)
     path, S = samples.trajectory, sum(i < settings.trained * settings.steps for i in schedule.steps)
     samples.trajectory = Trajectory(path.x, path.mean[:S], path.log_prob[:S], path.steps[:S])
     return samples
@@ -296,8 +308,7 @@ def train(
             )
 
         picked = pick_prompts(prompts, settings, state.iteration)
-        samples = draw(model, picked, schedule, settings, share, (settings.seed, state.iteration), layout)
-        lap("sample")
+        samples = draw(model, picked, schedule, settings, share, (settings.seed, state.iteration), layout, lap=lap)
         state.reward = scores(reward, samples, share, samples.images, samples.prompts)
         lap("reward")
         state.features = scores(encoder, samples, share, samples.images)

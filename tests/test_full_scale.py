@@ -258,7 +258,7 @@ def test_metrics_file_is_json_that_others_read(world, tmp_path):
     run("flux_dev", "flow_grpo", tmp_path, settings=settings, encoder=f"dino={world / 'dino'}", progress=False,
         options=options(world, "flux"))  # fmt: skip
     [entry] = json.loads((tmp_path / "metrics.json").read_text())
-    phases = [entry[f"seconds_{phase}"] for phase in ("sample", "reward", "features", "update")]
+    phases = [entry[f"seconds_{phase}"] for phase in ("sample", "decode", "reward", "features", "update")]
     assert min(phases) > 0 and sum(phases) <= entry["seconds"]
 
 
