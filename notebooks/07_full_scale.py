@@ -253,7 +253,7 @@ assert len(entropies) == 1
 shown(figures.entropy_paradox(histories["flow_grpo"]))
 
 # %%
-shown(figures.entropy_law([histories["flow_grpo"]], max(2, settings.iterations // 5), title="Flow-GRPO"))
+shown(figures.entropy_law([histories["flow_grpo"]], max(3, settings.iterations // 5), title="Flow-GRPO"))
 
 # %% [markdown]
 # ## Figures 4 and 5
