@@ -120,7 +120,8 @@ def collapse(
     directions = torch.linalg.svd(spread["base"], full_matrices=False).Vh[:2].T
     limit = 1.05 * max((z @ directions).abs().max().item() for z in spread.values())
     for (above, below), key in zip(axes.T, images):
-        tiles = F.pad(images[key], [images[key].shape[-1] // 8] * 4)
+        paper = float(images[key].shape[1] == 3)  # white: grey images are ink
+        tiles = F.pad(images[key], [images[key].shape[-1] // 8] * 4, value=paper)
         mosaic = torch.cat([torch.cat(list(line), 2) for line in tiles.split(columns)], 1)
         above.imshow(mosaic.permute(1, 2, 0), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")
         above.set_title(LABELS.get(key, key), color=COLORS[key], fontweight="bold")
