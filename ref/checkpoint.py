@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+from ref.layout import rank
+from ref.sharding import whole
+
 KEEP = 2
 
 
@@ -41,9 +44,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def snapshot(state):
-    """A copy of nested dictionaries and lists in which every tensor is a copy of its own, on the CPU."""
+    """A copy of nested dictionaries and lists in which every tensor is whole and a copy of its own, on the CPU.
+
+    All processes must call it, for they may hold tensors in parts; others than the first, which writes, get
+    None for a tensor.
+    """
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        tensor = whole(state.detach())
+        return tensor.to("cpu", copy=True) if rank() == 0 else None
     if isinstance(state, dict):
         return {key: snapshot(value) for key, value in state.items()}
     return [snapshot(value) for value in state] if isinstance(state, list) else state

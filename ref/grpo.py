@@ -35,6 +35,7 @@ from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, perceptual_entropy
 from ref.policy import Trajectory, gaussian_log_prob, rollout
 from ref.schedule import KINDS, FlowSchedule
+from ref.sharding import like, whole
 from ref.stopwatch import Stopwatch
 
 
@@ -132,7 +133,12 @@ class State:
         assign(trainable(self.model), saved["weights"])
         if self.ema is not None:
             assign(self.ema, saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        moments = {
+            n: {key: like(value, weight) for key, value in saved["optimizer"]["state"][n].items()}
+            for n, weight in enumerate(trainable(self.model).values())
+            if n in saved["optimizer"]["state"]
+        }
+        self.optimizer.load_state_dict(saved["optimizer"] | {"state": moments})
 
     @contextmanager
     def averaged(self):
@@ -160,9 +166,9 @@ def copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def assign(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Overwrite `weights` in place."""
+    """Overwrite `weights` in place. `values` may be whole where `weights` are in parts."""
     for name, weight in weights.items():
-        weight.copy_(values[name])
+        weight.copy_(like(values[name], weight))
 
 
 def start(model, settings: Settings) -> State:
@@ -383,7 +389,7 @@ def update(
                 clipped = clipped + ((step.ratio < method.low) | (step.ratio > method.high)).sum()
     weights = trainable(model)
     sum_gradients(weights.values())
-    norm = torch.nn.utils.clip_grad_norm_(weights.values(), settings.grad_clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(weights.values(), settings.grad_clip))
     if not norm.isfinite():
         raise ValueError("the gradient is NaN or infinite; lower lr or noise_level, or raise the precision")
     state.optimizer.step()

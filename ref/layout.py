@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def generator_for(*key) -> torch.Generator:
@@ -105,10 +106,10 @@ def deal_padded(groups: int) -> Share:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its sum over the processes, in one exchange."""
-    if processes() == 1:
+    """Replace every gradient by its sum over the processes, in one exchange; those in parts (DTensor) are sums."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    if processes() == 1 or not gradients:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     for g, summed in zip(gradients, flat.split([g.numel() for g in gradients])):

@@ -41,6 +41,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ref.layout import rank
 from ref.schedule import FlowSchedule, time_grid
 
 
@@ -203,9 +204,11 @@ class MixtureFlow(nn.Module):
         return x
 
     def save(self, folder: Path | str) -> None:
-        """Write the residual network as residual.safetensors."""
+        """Write the residual network as residual.safetensors. All processes call it, the first writes."""
         from safetensors.torch import save_file
 
+        if rank() > 0:
+            return
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(self.residual.state_dict(), Path(folder) / "residual.safetensors")
 

@@ -136,7 +136,8 @@ def text_to_image(
 ) -> Task:
     """A pipeline of text2image.py, a reward and an encoder by name, prompts from files.
 
-    model, adapter                        as `text2image.load` takes them; lora_rank 0 trains all weights
+    model, adapter                        as `text2image.load` takes them; lora_rank 0 trains all weights,
+                                          in parts where there are several processes (sharding.py)
     reward, encoder                       specifications of rewards.py and encoders.py; phi is PickScore by default
     evaluation_steps, images_per_prompt   of the ODE sampler on `evaluation_prompts`
     variants, memory                      {GPU memory in GB: its adapter options}, and which of them

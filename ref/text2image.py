@@ -29,9 +29,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ref.checkpoint import atomic_write
+from ref.checkpoint import atomic_write, snapshot
+from ref.layout import processes, rank
 from ref.pipelines import PromptEmbeddings, locate, out_of_memory
 from ref.schedule import FlowSchedule, time_grid
+from ref.sharding import shard
 
 # The eight projections of joint attention, Flow-GRPO's choice for SD3.
 SD3_LORA_TARGETS = [
@@ -188,8 +190,14 @@ class TextToImage(nn.Module):
             self.base = copy.deepcopy(self.transformer).to(self.dtype)
         self.transformer.float().requires_grad_(True)
 
+    def shard(self, device: torch.device) -> None:
+        """After `full`: spread the transformer and the copy of the base over all processes (sharding.py)."""
+        for network in (self.transformer, self.base):
+            if network is not None:
+                shard(network, device, self.dtype)
+
     def save(self, folder: Path | str) -> None:
-        """Write what was trained so that stock diffusers reads it.
+        """Write what was trained so that stock diffusers reads it. All processes call it, the first writes.
 
         A LoRA: `pipe.load_lora_weights(folder)`. All weights: `type(pipe.transformer).from_pretrained(folder)`.
         Raises OSError when the disk is full.
@@ -199,10 +207,16 @@ class TextToImage(nn.Module):
         from safetensors import SafetensorError
 
         folder = Path(folder)
+        weights = None if self.has_lora else snapshot(self.transformer.state_dict())
+        if rank() > 0:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         try:
             if not self.has_lora:
-                return self.transformer.save_pretrained(folder)
+                with torch.device("meta"):
+                    whole = getattr(diffusers, self.network).from_config(self.transformer.config)
+                whole.load_state_dict(weights, assign=True)
+                return whole.save_pretrained(folder)
             layers = get_peft_model_state_dict(self.transformer)
             atomic_write(
                 folder / "pytorch_lora_weights.safetensors",
@@ -383,8 +397,8 @@ def load(
     guidance_scale          None: 4.5 for SD3 (classifier-free; 1 is guidance-free), 3.5 for FLUX (embedded)
     shift                   of the time grid (DanceGRPO: 3 on FLUX); None: the pipeline's own
     max_sequence_length     T5 tokens; None: the pipeline's own, 256 for SD3 and 512 for FLUX
-    lora_rank, lora_alpha   Flow-GRPO: 32 and 64 for SD3, 64 and 128 for FLUX. rank None trains all weights;
-                            alpha None is twice the rank
+    lora_rank, lora_alpha   Flow-GRPO: 32 and 64 for SD3, 64 and 128 for FLUX. rank None trains all weights, in
+                            parts where there are several processes; alpha None is twice the rank
     keep_base               with rank None: keep a frozen copy of the base, which a KL to it needs
     gradient_checkpointing  compute activations twice and keep one block's: less memory, a third more time
     decode_batch, tiling    images at once through the VAE, and decoding each in tiles (seams may show)
@@ -432,14 +446,17 @@ def load(
             shift=shift,
             dtype=dtype,
             decode_batch=decode_batch,
-        ).to(device)
+        )
+        if lora_rank is None:
+            loaded.full(keep_base)
+            if processes() > 1:
+                loaded.shard(device)
+        loaded.to(device)
         loaded.vae.to(memory_format=torch.channels_last)
         if tiling:
             loaded.vae.enable_tiling()
         if gradient_checkpointing:
             loaded.transformer.enable_gradient_checkpointing()
-        if lora_rank is None:
-            loaded.full(keep_base)
-        else:
+        if lora_rank is not None:
             loaded.add_lora(lora_rank, lora_alpha or 2 * lora_rank, seed)
     return loaded

@@ -207,16 +207,17 @@ def run(
             history = [*history, entry]
             accelerator.log(entry, step=n)
             bar.set_postfix(reward=f"{entry['reward']:.3f}", variance=f"{entry['feature_variance']:.3f}")
+            latest = checkpoint.snapshot(state.state_dict()) | {"history": history, "embeddings": keys}
             if first:
-                newest = checkpoint.snapshot(state.state_dict()) | {"history": history, "embeddings": keys}
+                newest = latest
                 if n % save_every == 0 or n == settings.iterations:
                     save()
 
         with state.averaged():
             final, after = evaluate(task, settings, state.bandwidth)
             result = {"base": base, "final": final, "seconds": sum(m["seconds"] for m in history)}
+            task.model.save(folder / "weights")
             if first:
-                task.model.save(folder / "weights")
                 if task.source:
                     card = model_card(task.model, task.source, description, result, folder / "weights")
                     checkpoint.atomic_write(
@@ -284,7 +285,7 @@ OPTIONS = {
     "width": (int, "likewise"),
     "guidance_scale": (float, "1 is off on SD3"),
     "shift": (float, "of the time grid (default: the pipeline's)"),
-    "lora_rank": (int, "0 trains all weights"),
+    "lora_rank": (int, "0 trains all weights, which several processes hold in parts (FSDP)"),
     "lora_alpha": (float, "default: twice the rank"),
     "gradient_checkpointing": (bool, "less memory, a third more time"),
     "tiling": (bool, "decode in tiles"),

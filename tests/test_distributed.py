@@ -1,7 +1,9 @@
 """Two processes are one: launched for real, on the CPU with gloo, on a tiny SD3 of the real classes."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,11 @@ import pytest
 import torch
 
 from ref import checkpoint, tiny
-from ref.layout import Share, deal, deal_padded
-from ref.train import main
+from ref.grpo import start, train
+from ref.layout import Share, deal, deal_padded, rank
+from ref.methods import METHODS
+from ref.presets import PRESETS
+from ref.train import main, run
 
 PROMPTS = ["a cat on a mat", "two red apples", 'a sign that says "hello"', "a boat at sea"]
 ROOT = Path(__file__).parent.parent
@@ -22,7 +27,7 @@ def launch(arguments: list[str]) -> subprocess.CompletedProcess:
     launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--dynamo_backend", "no", "--main_process_port",
-         "0", "-m", "ref.train", *arguments],
+         "0", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -51,7 +56,7 @@ def test_two_processes_give_one_process_s_gradients_metrics_and_evaluation(tmp_p
 
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
     assert main([*command, "--iterations", "2", "--output-dir", str(one)]) == 0
-    process = launch([*command, "--iterations", "2", "--output-dir", str(two)])
+    process = launch(["-m", "ref.train", *command, "--iterations", "2", "--output-dir", str(two)])
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("results in") == 1  # one of them speaks
 
@@ -76,7 +81,8 @@ def test_two_processes_give_one_process_s_gradients_metrics_and_evaluation(tmp_p
 
 
 def test_groups_that_cannot_be_shared_out_are_refused_before_anything_is_trained(tmp_path):
-    process = launch(["--preset", "mixture", "--method", "pec", "--groups", "3", "--output-dir", str(tmp_path)])
+    arguments = ["--preset", "mixture", "--method", "pec", "--groups", "3", "--output-dir", str(tmp_path)]
+    process = launch(["-m", "ref.train", *arguments])
     assert process.returncode != 0
     assert "groups (3) must be a multiple of updates x processes (1 x 2)" in process.stderr
     assert not checkpoint.checkpoints(tmp_path)
@@ -87,3 +93,131 @@ def test_one_process_owns_everything_and_exchanges_nothing():
     values = torch.randn(5, 2)
     assert share.mine == [0, 1, 2, 3, 4] and share.gather(values) is values
     assert deal_padded(3) == Share([[0, 1, 2]])
+
+
+def options(world: Path, kind: str) -> dict:
+    return dict(
+        model=world / kind, reward=f"pickscore={world / 'clip'}", prompts=world / "train.txt",
+        evaluation_prompts=world / "train.txt", evaluation_steps=2, images_per_prompt=2, height=32, width=32,
+        max_sequence_length=16, lora_rank=0, cache_dir=world / "cache",
+    )  # fmt: skip
+
+
+def small(preset: str, **changes):
+    """The gradient is clipped, its mean is over four micro-batches and two steps, and there are averages."""
+    values = dict(groups=4, group_size=3, updates=1, micro_batch=4, steps=3, grad_clip=0.05, ema=0.5, iterations=2)
+    return dataclasses.replace(PRESETS[preset][1], **values | changes)
+
+
+def fine_tune(world: Path, name: str, resume: bool = False, **changes) -> None:
+    """Full fine-tuning of SD3 in float32, with a KL to the frozen copy of the base."""
+    run("sd35_medium", "flow_grpo_kl", world / name, settings=small("sd35_medium", **changes), resume=resume,
+        save_every=1, progress=False, encoder=f"pickscore={world / 'clip'}", options=options(world, "sd3"))  # fmt: skip
+
+
+def on_a_gpu(world: Path):
+    """As on a GPU: FLUX in bfloat16 with gradient checkpointing. Its state after an iteration."""
+    build, settings = PRESETS["flux_dev"][0], small("flux_dev", grad_clip=1e9)
+    task = build(f"pickscore={world / 'clip'}", **options(world, "flux"), dtype=torch.bfloat16,
+                 gradient_checkpointing=True)  # fmt: skip
+    state = start(task.model, settings)
+    return next(train(task.model, task.prompts, task.reward, task.encoder, METHODS["flow_grpo_kl"](), settings, state))
+
+
+def share_of(tensors) -> float:
+    """How much of the tensors this process holds."""
+    tensors = list(tensors)
+    return sum(t.to_local().numel() for t in tensors) / sum(t.numel() for t in tensors)
+
+
+def in_parts(world: Path) -> None:
+    """What each of two processes does for the test below."""
+    torch.set_num_threads(1)
+    fine_tune(world, "two")
+    if rank() == 0:  # as if it had been killed after its first iteration
+        (world / "half").mkdir()
+        for file in ("run.json", "checkpoint-00000001.pt"):
+            shutil.copy(world / "two" / file, world / "half" / file)
+    torch.distributed.barrier()
+    fine_tune(world, "half", resume=True)
+    state = on_a_gpu(world)
+    trained, moments = state.model.transformer, state.optimizer.state.values()
+    held = {
+        "weights": share_of(trained.parameters()),
+        "gradients": share_of(p.grad for p in trained.parameters()),
+        "moments": share_of(m[key] for m in moments for key in ("exp_avg", "exp_avg_sq")),
+        "averages": share_of(state.ema.values()),
+        "base": share_of(state.model.base.parameters()),
+        "ratio_error": state.metrics["ratio_error"],
+    }
+    (world / f"held-{rank()}.json").write_text(json.dumps(held))
+    saved = checkpoint.snapshot(state.state_dict())
+    if rank() == 0:
+        checkpoint.save(world, saved)
+    torch.distributed.destroy_process_group()
+
+
+def test_full_fine_tuning_in_parts_is_that_of_one_process(tmp_path):
+    """Two processes hold half of everything each; the weights after a step, metrics, checkpoints are one's."""
+    import diffusers
+
+    tiny.sd3(tmp_path / "sd3")
+    tiny.flux(tmp_path / "flux")
+    tiny.clip(tmp_path / "clip")
+    (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
+    fine_tune(tmp_path, "one")
+    process = launch([__file__, str(tmp_path)])
+    assert process.returncode == 0, process.stderr
+
+    def saved(name: str, iteration: int) -> dict:
+        return torch.load(tmp_path / name / f"checkpoint-{iteration:08d}.pt", weights_only=True)
+
+    base = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "sd3" / "transformer").state_dict()
+    one, two = saved("one", 1), saved("two", 1)
+    expected, found = gradients(tmp_path / "one"), gradients(tmp_path / "two")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    for kind in ("weights", "ema"):
+        assert list(one[kind]) == list(two[kind])
+        for name, weight in one[kind].items():
+            torch.testing.assert_close(two[kind][name], weight, rtol=0, atol=1e-6)
+        moved = max((w - base[name.removeprefix("transformer.")]).abs().max() for name, w in one[kind].items())
+        assert moved > 1e-4  # what 1e-6 is to be compared with
+    history = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two", "half")]
+    for mine, theirs in zip(*history[:2]):
+        assert mine["ratio_error"] == theirs["ratio_error"] == 0
+        for name in mine:
+            if not name.startswith("seconds"):
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-6 if mine["iteration"] == 1 else 1e-3), name
+    results = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
+    assert results[1]["final"] == pytest.approx(results[0]["final"], rel=1e-3)
+
+    # continued on two processes, bit for bit; then on one
+    whole, resumed = saved("two", 2), saved("half", 2)
+    for kind in ("weights", "ema"):
+        assert all(torch.equal(whole[kind][name], resumed[kind][name]) for name in whole[kind])
+    for n, moments in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, resumed["optimizer"]["state"][n][key]) for key, value in moments.items())
+    unlike = [{k: v for k, v in h[1].items() if not k.startswith("seconds")} for h in history[1:]]
+    assert unlike[0] == unlike[1]
+    fine_tune(tmp_path, "half", resume=True, iterations=3)
+    assert checkpoint.load_latest(tmp_path / "half")["iteration"] == 3
+
+    # stock diffusers reads the averages
+    transformer = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "two" / "weights")
+    stock = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "sd3", transformer=transformer)
+    for name, weight in stock.transformer.named_parameters():
+        assert torch.equal(weight, whole["ema"][f"transformer.{name}"])
+
+    for n in range(2):
+        held = json.loads((tmp_path / f"held-{n}.json").read_text())
+        assert held.pop("ratio_error") == 0
+        assert held == pytest.approx(dict.fromkeys(held, 0.5), abs=0.02)
+    state = on_a_gpu(tmp_path)
+    expected = torch.cat([p.grad.flatten() for p in state.model.transformer.parameters()])
+    assert torch.cosine_similarity(gradients(tmp_path), expected, 0) > 0.99  # bfloat16 rounds in other places
+    first = checkpoint.load_latest(tmp_path)
+    assert {v.dtype for kind in ("weights", "ema") for v in first[kind].values()} == {torch.float32}
+
+
+if __name__ == "__main__":
+    in_parts(Path(sys.argv[1]))
