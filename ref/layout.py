@@ -12,10 +12,10 @@ Every process owns G / P whole groups of every optimiser step. Two things are ex
                                        choose the same everywhere, and everyone logs the same numbers
     gradients                          summed; each process's loss is its share of the mean over all samples
 
-The gradient is summed once per optimiser step, when all backward passes of its micro-batches and
+A LoRA's gradient is summed once per optimiser step, when all backward passes of its micro-batches and
 denoising steps are done. (DistributedDataParallel counts on one forward per backward; here there are
-many.) `Accelerator` in train.py has set `torch.distributed` up; without it there is one process, and
-nothing is exchanged.
+many.) Full fine-tuning sums it within the backward passes, see sharding.py. `Accelerator` in train.py has
+set `torch.distributed` up; without it there is one process, and nothing is exchanged.
 """
 
 import hashlib
