@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 def generator_for(*key) -> torch.Generator:
@@ -105,9 +104,14 @@ def deal_padded(groups: int) -> Share:
     return Share([[min(g, groups - 1) for g in range(r * each, (r + 1) * each)] for r in range(n)])
 
 
+def in_parts(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, told without importing that class, which takes longer than all of `ref`."""
+    return hasattr(tensor, "full_tensor")
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its sum over the processes, in one exchange; those in parts (DTensor) are sums."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    gradients = [p.grad for p in parameters if p.grad is not None and not in_parts(p.grad)]
     if processes() == 1 or not gradients:
         return
     flat = torch.cat([g.flatten() for g in gradients])

@@ -13,11 +13,8 @@ LoRA needs none of this: what it trains is small, and `layout.sum_gradients` sum
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ref.layout import processes
+from ref.layout import in_parts, processes
 
 
 def shard(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -25,6 +22,9 @@ def shard(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
     Blocks are put together in `dtype`. Inputs are left alone: FLUX's and SD3's time is float32.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(device.type, (processes(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = [m for m in network.modules() if type(m).__name__ in network._no_split_modules]
@@ -37,7 +37,7 @@ def shard(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor that the processes hold in parts; all must ask. A tensor that is not in parts is returned as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if in_parts(tensor) else tensor
 
 
 def like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -45,6 +45,8 @@ def like(value: Tensor, tensor: Tensor) -> Tensor:
 
     `value` itself where `tensor` is whole, and where their shapes differ: AdamW's count of steps.
     """
-    if not isinstance(tensor, DTensor) or isinstance(value, DTensor) or value.shape != tensor.shape:
+    if not in_parts(tensor) or in_parts(value) or value.shape != tensor.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
