@@ -1,0 +1,254 @@
+"""What an iteration costs, where its time goes, and how far that is from what the machine can do.
+
+    python -m ref.benchmark --preset digits --json digits.json
+    python -m ref.benchmark --preset sd35_medium --memory 80          # and every other option of ref.train
+    python -m ref.benchmark --preset flux_dev --compare-naive         # see naive.py
+    python -m ref.benchmark --on-paper                                # the large presets' FLOPs, without a GPU
+
+**Alternation.** A machine's speed drifts, so Flow-GRPO, PEC and PCVAE take turns, one iteration each, on the
+same model in the same process; every third round another goes first. Numbers are medians and quartiles.
+
+**Ratio.** seconds(PEC) / seconds(Flow-GRPO), round by round. Our loop logs feature diversity for every method;
+Flow-GRPO as published has no encoder, so the time of its features is taken off. This is the stricter ratio.
+
+**Utilisation.** FLOPs that the transformer needs (forward in the rollout; forward and backward in the update;
+without what gradient checkpointing computes twice) per second of the whole phase, divided by the rate of a large
+matrix product in the same precision, measured in every round too. FLOPs are counted on the real modules for one
+sample; attention's backward is counted as flash attention does it, which computes the scores again.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ref import checkpoint
+from ref.grpo import Settings, calibrate_on, start, train, trainable
+from ref.methods import METHODS
+from ref.naive import against_naive
+from ref.presets import PRESETS, VARIANTS, Task, settings_of
+from ref.stopwatch import Stopwatch
+from ref.train import OPTIONS, parse
+
+COMPARED = ("flow_grpo", "pec", "pcvae")
+aten = torch.ops.aten
+ATTENTION_ON_CPU = {  # which torch's own counter leaves out
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
+        grad, q, k, v
+    ),
+}
+
+
+def flops(model, conditioning: dict[str, Tensor], backward: bool = False) -> int:
+    """FLOPs of the velocity of one sample; with `backward` also of its gradient by the trainable weights."""
+    x = torch.zeros(1, *model.latent_shape, device=next(iter(conditioning.values())).device)
+    sigma, weights = torch.tensor(0.5), list(trainable(model).values())
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter, torch.set_grad_enabled(backward):
+        velocity = model.velocity(x, sigma, conditioning)
+        if backward:
+            torch.autograd.grad(velocity.sum(), weights, allow_unused=True)
+    again = backward and getattr(getattr(model, "transformer", None), "is_gradient_checkpointing", False)
+    return counter.get_total_flops() - (flops(model, conditioning) if again else 0)
+
+
+def phase_flops(settings: Settings, forward: int, both: int) -> dict[str, int]:
+    """FLOPs of the phases of an iteration, all G K samples."""
+    images, trained = settings.groups * settings.group_size, settings.trained * settings.steps
+    steps = settings.window or sum(i < trained for i in range(settings.steps - 1))
+    return {"sample": images * settings.steps * forward, "update": images * steps * both}
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large square matrix product, the median of five."""
+    n, seconds = 8192 if device.type == "cuda" else 1024, []
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(6):
+        lap = Stopwatch()
+        a @ a
+        lap("matmul")
+        seconds.append(lap.seconds["seconds_matmul"])
+    return 2 * n**3 / median(seconds[1:])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
+
+
+def rounds(task: Task, settings: Settings, methods: tuple[str, ...], repeats: int, warmup: int) -> list[dict]:
+    """For each round, what the methods' iterations took, {method: seconds and memory}; and the matmul rate."""
+    model, state = task.model, start(task.model, settings)
+    state.bandwidth = calibrate_on(model, task.prompts, task.encoder, settings)
+    endless = dataclasses.replace(settings, iterations=10**9)
+    runs = {
+        m: train(model, task.prompts, task.reward, task.encoder, METHODS[m](clip=settings.clip), endless, state)
+        for m in methods
+    }
+    device, dtype = next(model.parameters()).device, getattr(model, "dtype", torch.float32)
+    measured = []
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(-warmup, repeats):
+            row = {"matmul": matmul_rate(device, dtype)}
+            for m in methods[n % len(methods) :] + methods[: n % len(methods)]:
+                next(runs[m])
+                began = time.perf_counter()
+                checkpoint.save(Path(folder), checkpoint.snapshot(state.state_dict()))
+                row[m] = {k: v for k, v in state.metrics.items() if k.startswith(("seconds", "peak"))}
+                row[m]["seconds_checkpoint"] = time.perf_counter() - began
+            measured += [row] if n >= 0 else []
+    return measured
+
+
+def benchmark(task: Task, settings: Settings, repeats: int = 9, warmup: int = 2, naive: bool = False) -> dict:
+    """Everything of the module's docstring, ready for JSON. Seconds, images a second, GiB, FLOPs."""
+    if repeats < 3 or warmup < 1:
+        raise ValueError(f"repeats must be at least 3 and warmup at least 1, got {repeats} and {warmup}")
+    model = task.model
+    conditioning = model.encode(task.prompts[:1])
+    forward, both = flops(model, conditioning), flops(model, conditioning, backward=True)
+    measured = rounds(task, settings, COMPARED, repeats, warmup)
+    phases = {
+        m: {
+            key.removeprefix("seconds_"): spread([row[m][key] for row in measured])
+            for key in measured[0][m]
+            if key.startswith("seconds")
+        }
+        for m in COMPARED
+    }
+    work = phase_flops(settings, forward, both)
+    alone = [row["flow_grpo"]["seconds"] - row["flow_grpo"]["seconds_features"] for row in measured]
+    gpu = "peak_gib" in measured[0]["pec"]
+    peak = max(row[m]["peak_gib"] for row in measured for m in COMPARED) if gpu else most_resident()
+    result = {
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "settings": dataclasses.asdict(settings),
+        "repeats": repeats,
+        "phases": phases,
+        "images_per_second": spread(
+            [settings.groups * settings.group_size / row["pec"]["seconds"] for row in measured]
+        ),
+        "peak_gib": peak,
+        "matmul_tflops": spread([row["matmul"] / 1e12 for row in measured]),
+        "flops": {"forward": forward, "forward_and_backward": both, **work},
+        "utilisation": {
+            phase: spread([n / row["pec"][f"seconds_{phase}"] / row["matmul"] for row in measured])
+            for phase, n in work.items()
+        },
+        "ratio": {
+            m: spread([row[m]["seconds"] / base for row, base in zip(measured, alone)]) for m in ("pec", "pcvae")
+        },
+    }
+    if naive:
+        result["naive"] = against_naive(task, settings, METHODS["pec"](clip=settings.clip), repeats)
+        result["naive"]["speedup"] = spread(result["naive"]["speedup"])
+    return result
+
+
+def most_resident() -> float:
+    """The process's largest resident memory so far in GiB, which holds libraries and imports too."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def report(result: dict) -> str:
+    """The numbers of `benchmark` as text."""
+    form = lambda s, scale=1.0: f"{s['median'] * scale:9.2f} ({s['low'] * scale:.2f} .. {s['high'] * scale:.2f})"  # noqa: E731
+    lines = [f"{result['device']}; medians (quartiles) of {result['repeats']} rounds"]
+    for method, phases in result["phases"].items():
+        lines.append(f"\n{method}, milliseconds")
+        lines += [f"  {'iteration' if name == 'seconds' else name:<12}{form(s, 1e3)}" for name, s in phases.items()]
+    lines.append(f"\nimages a second {form(result['images_per_second'])}")
+    lines.append(f"peak memory     {result['peak_gib']:9.2f} GiB")
+    lines.append(f"matmul, TFLOP/s {form(result['matmul_tflops'])}")
+    lines += [f"use in {name:<8} {form(s, 100)} %" for name, s in result["utilisation"].items()]
+    lines += [f"{name:<5} / Flow-GRPO {form(s)}" for name, s in result["ratio"].items()]
+    if "naive" in result:
+        lines.append(f"\nnaive / ours    {form(result['naive']['speedup'])}; largest differences, relative:")
+        lines += [f"  {name:<12} {value:.1e}" for name, value in result["naive"]["difference"].items()]
+    return "\n".join(lines)
+
+
+def on_paper() -> str:
+    """FLOPs of the large presets, counted on fake tensors: shapes alone go through the real modules."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ref.memory import shaped
+    from ref.text2image import SD3
+
+    lines = ["preset         forward  and backward  decode (TFLOP a sample)   rollout   update (PFLOP an iteration)"]
+    for preset, name, size, rank in (
+        ("sd35_medium", "sd35_medium", 512, 32),
+        ("flux_dev", "flux_dev", 512, 64),
+        ("flux_dev_720", "flux_dev", 720, 128),
+    ):
+        model, settings = shaped(name, size, rank), PRESETS[preset][1]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            config, tokens = model.transformer.config, model.default_tokens + 77 * isinstance(model, SD3)
+            embeds = torch.empty(1, tokens, config.joint_attention_dim, dtype=model.dtype)
+            pooled = torch.empty(1, config.pooled_projection_dim, dtype=model.dtype)
+            conditioning = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            conditioning |= {f"negative_{key}": value for key, value in conditioning.items()}
+            forward, both = flops(model, conditioning), flops(model, conditioning, backward=True)
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+                model.decode(torch.empty(1, *model.latent_shape))
+        images, work = settings.groups * settings.group_size, phase_flops(settings, forward, both)
+        lines.append(
+            f"{preset:<13} {forward / 1e12:>8.2f} {both / 1e12:>13.2f} {counter.get_total_flops() / 1e12:>7.2f}"
+            f" {images:>13} images {work['sample'] / 1e15:>10.1f} {work['update'] / 1e15:>8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ref.benchmark",
+        description=__doc__.splitlines()[0],
+        epilog="All other options are those of python -m ref.train: --preset, its settings, its model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="rounds that count (default: 9)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them (default: 2)")
+    parser.add_argument("--compare-naive", action="store_true", help="run the field's usual way beside ours")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--on-paper", action="store_true", help="FLOPs of the large presets from their shapes")
+    own, rest = parser.parse_known_args(arguments)
+    if own.on_paper:
+        print(on_paper())
+        return 0
+    given = vars(parse([*rest, "--method", "flow_grpo", "--output-dir", "-"]))
+    options = {name: given[name] for name in OPTIONS if given[name] is not None}
+    if own.threads:
+        torch.set_num_threads(own.threads)
+    try:
+        if given["preset"] not in PRESETS:
+            raise ValueError(f"unknown preset {given['preset']!r}; choose one of {', '.join(PRESETS)}")
+        if options and given["preset"] not in VARIANTS:
+            raise ValueError(
+                f"preset {given['preset']} takes no {next(iter(options))}; that is for {', '.join(VARIANTS)}"
+            )
+        changes = {f.name: given[f.name] for f in dataclasses.fields(Settings) if given[f.name] is not None}
+        settings = dataclasses.replace(settings_of(given["preset"], options.get("memory")), **changes)
+        task = PRESETS[given["preset"]][0](given["encoder"], **options)
+        result = {"preset": given["preset"]} | benchmark(task, settings, own.repeats, own.warmup, own.compare_naive)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report(result))
+    if own.json:
+        own.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

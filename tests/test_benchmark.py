@@ -1,0 +1,108 @@
+"""The benchmark: its baseline gives our numbers, its FLOPs are those of the modules, its command runs and refuses."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from ref import tiny
+from ref.benchmark import benchmark, flops, main, phase_flops
+from ref.grpo import Settings
+from ref.methods import METHODS
+from ref.naive import against_naive
+from ref.presets import PRESETS, text_to_image
+
+SMALL = dict(groups=2, group_size=6, updates=1, micro_batch=12, steps=4, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("sd3", "flux", "clip"):
+        getattr(tiny, name)(folder / name)
+    (folder / "prompts.txt").write_text("a cat on a mat\ntwo red apples\n")
+    return folder
+
+
+def task(folder, kind):
+    """Smooth reward and features: CLIP's own input is rounded to 8 bits, so there 1e-6 may become a whole grey level."""
+    phi = f"pickscore={folder / 'clip'}"
+    whole = text_to_image(
+        phi, model=folder / kind, reward=phi, prompts=folder / "prompts.txt", evaluation_prompts=folder / "prompts.txt",
+        variants={80: {}}, height=32, width=32, max_sequence_length=16, lora_rank=4, cache_dir=folder / "cache",
+    )  # fmt: skip
+    w = torch.randn(3 * 32 * 32, 8, generator=torch.Generator().manual_seed(0))
+    project = lambda images: (images.flatten(1) - 0.5) @ w / 32  # noqa: E731
+    return dataclasses.replace(whole, reward=lambda images, prompts: project(images)[:, 0], encoder=project)
+
+
+@pytest.mark.parametrize("method", ["flow_grpo", "pec"])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_at_least_twice_as_fast_as_the_usual_way_with_equal_results(kind, method, folder):
+    found = against_naive(task(folder, kind), Settings(**SMALL), METHODS[method](1.0), repeats=3)
+    assert all(value < 1e-5 for value in found["difference"].values()), found["difference"]
+    assert sorted(found["speedup"])[1] > 2, found["speedup"]
+
+
+def test_the_comparison_sees_a_difference(folder, monkeypatch):
+    """A planted error in the baseline, the log-density's 1/2 forgotten, shows up."""
+    from ref import naive
+
+    right = naive.gaussian_log_prob
+    monkeypatch.setattr(naive, "gaussian_log_prob", lambda x, mean, std: 2 * right(x, mean, std))
+    found = against_naive(task(folder, "sd3"), Settings(**SMALL), METHODS["flow_grpo"](), repeats=1)
+    assert found["difference"]["log_prob"] > 1e-2 and found["difference"]["gradient"] > 1e-2
+
+
+def test_flops_of_a_linear_model():
+    """2 n m a forward pass of n x m weights; the backward pass as much again for the weights' gradient."""
+
+    class Linear(torch.nn.Module):
+        latent_shape = (8,)
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 8, bias=False)
+
+        def velocity(self, x, sigma, conditioning):
+            return self.layer(x)
+
+    model, conditioning = Linear(), {"prompt": torch.zeros(1, 0)}
+    assert flops(model, conditioning) == 2 * 8 * 8
+    assert flops(model, conditioning, backward=True) == 4 * 8 * 8
+    work = phase_flops(Settings(groups=2, group_size=3, steps=5), forward=10, both=30)
+    assert work == {"sample": 2 * 3 * 5 * 10, "update": 2 * 3 * 4 * 30}  # the last of five steps is deterministic
+    assert phase_flops(Settings(groups=2, group_size=3, steps=5, window=2), 10, 30)["update"] == 2 * 3 * 2 * 30
+
+
+def test_every_phase_is_measured():
+    build, settings = PRESETS["digits"]
+    result = benchmark(build(), dataclasses.replace(settings, groups=2, group_size=2, steps=3, window=1), 3, 1)
+    for phases in result["phases"].values():
+        assert set(phases) >= {"seconds", "sample", "decode", "reward", "features", "update", "checkpoint"}
+        parts = sum(phases[name]["median"] for name in ("sample", "decode", "reward", "features", "update"))
+        assert 0 < parts < 1.5 * phases["seconds"]["median"]
+    assert set(result["ratio"]) == {"pec", "pcvae"} and result["flops"]["sample"] > 0
+    assert all(0 < use["median"] < 1 for use in result["utilisation"].values())
+
+
+def test_the_command_writes_json(tmp_path, capsys):
+    small = ["--groups", "2", "--group-size", "2", "--steps", "3", "--repeats", "3", "--warmup", "1"]
+    assert main(["--preset", "mixture", *small, "--json", str(tmp_path / "b.json")]) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["preset"] == "mixture"
+    assert "images a second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--preset", "nothing"], "unknown preset"),
+        (["--preset", "mixture", "--repeats", "1"], "repeats must be at least 3"),
+        (["--preset", "mixture", "--height", "64"], "takes no height"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, words, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
