@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ref import checkpoint
+from ref.fit import fitted
 from ref.grpo import Settings, calibrate_on, start, train, trainable
 from ref.methods import METHODS
 from ref.naive import against_naive
@@ -240,6 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         changes = {f.name: given[f.name] for f in dataclasses.fields(Settings) if given[f.name] is not None}
         settings = dataclasses.replace(settings_of(given["preset"], options.get("memory")), **changes)
         task = PRESETS[given["preset"]][0](given["encoder"], **options)
+        settings = fitted(task.model, task.prompts, settings)
         result = {"preset": given["preset"]} | benchmark(task, settings, own.repeats, own.warmup, own.compare_naive)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

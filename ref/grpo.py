@@ -47,7 +47,7 @@ class Settings:
     groups: int = 10  # G, prompts an iteration
     group_size: int = 16  # K, samples a prompt
     updates: int = 2  # optimiser steps an iteration; each sees groups / updates whole groups
-    micro_batch: int = 1024  # samples in one forward pass; gradients accumulate over an optimiser step's
+    micro_batch: int = 1024  # samples in one forward pass; gradients accumulate over an optimiser step's. 0: see fit.py
     steps: int = 10  # N, denoising steps
     kind: str = "flow_sde"  # kernel, see schedule.py
     noise_level: float = 0.7  # eta of the kernel
@@ -65,7 +65,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        low = dict(iterations=0, groups=1, group_size=2, updates=1, micro_batch=1, steps=2, noise_level=0.0, lr=0.0)
+        low = dict(iterations=0, groups=1, group_size=2, updates=1, micro_batch=0, steps=2, noise_level=0.0, lr=0.0)
         for name, least in low.items():
             if not least <= getattr(self, name) < float("inf"):
                 remedy = "; one sample has no group to be compared with" if name == "group_size" else ""
@@ -193,10 +193,11 @@ def sample(
     """K = group_size samples of each prompt. `key` and the group's number seed its noise.
 
     layout lists the micro-batches (default: one); groups the numbers of the prompts' groups (0, 1, ...);
-    lap("sample") and lap("decode") are called when these are done.
+    lap("encode"), lap("sample") and lap("decode") are called when these are done.
     """
     repeated = [p for p in prompts for _ in range(group_size)]
     conditioning = model.encode(prompts)
+    lap("encode")
     shape = (len(schedule) + 1, group_size, *model.latent_shape)
     noise = torch.stack(
         [torch.randn(shape, generator=generator_for(*key, g)) for g in groups or range(len(prompts))], dim=1
@@ -366,20 +367,23 @@ def update(
     ratio_error, clipped = torch.zeros((), device=device), torch.zeros((), device=device)
     for rows in part:
         conditioning = {key: value[rows // settings.group_size] for key, value in samples.conditioning.items()}
+        # all of it at once, so that no step waits for the GPU
+        x, old_mean, old_log_prob = (v[:, rows].to(device) for v in (trajectory.x, trajectory.mean, trajectory.log_prob))
+        own_advantage, own_pair = (v[rows].T.contiguous().to(device) for v in (advantage, pair))
         for s, i in enumerate(trajectory.steps):
-            x, sigma, std = trajectory.x[i, rows].to(device), schedule.sigmas[i], schedule.std[i]
-            mean = schedule.mean(x, model.velocity(x, sigma, conditioning), i)
+            sigma, std = schedule.sigmas[i], schedule.std[i]
+            mean = schedule.mean(x[i], model.velocity(x[i], sigma, conditioning), i)
             reference_mean = None
             if method.needs_reference:
                 with model.reference(), torch.no_grad():
-                    reference_mean = schedule.mean(x, model.velocity(x, sigma, conditioning), i)
+                    reference_mean = schedule.mean(x[i], model.velocity(x[i], sigma, conditioning), i)
             step = Step(
-                log_prob=gaussian_log_prob(trajectory.x[i + 1, rows].to(device), mean, std),
-                old_log_prob=trajectory.log_prob[s, rows].to(device),
-                advantage=advantage[rows, s].to(device),
-                pair=pair[rows, s].to(device),
+                log_prob=gaussian_log_prob(x[i + 1], mean, std),
+                old_log_prob=old_log_prob[s],
+                advantage=own_advantage[s],
+                pair=own_pair[s],
                 mean=mean,
-                old_mean=trajectory.mean[s, rows].to(device),
+                old_mean=old_mean[s],
                 reference_mean=reference_mean,
                 std=std,
             )

@@ -48,7 +48,9 @@ def pick_prompts(prompts: list[str], settings, iteration: int) -> list[str]:
 
 
 def chunks(groups: int, group_size: int, updates: int, micro_batch: int) -> list[list[Tensor]]:
-    """Sample indices, first by optimiser step (whole groups), then by micro-batch."""
+    """Sample indices, first by optimiser step (whole groups), then by micro-batch. Raises ValueError for micro_batch 0."""
+    if micro_batch < 1:
+        raise ValueError("micro_batch 0 means the largest that fits; let fit.fitted find it first")
     parts = torch.arange(groups * group_size).view(groups, group_size).tensor_split(updates)
     return [list(part.flatten().split(micro_batch)) for part in parts]
 

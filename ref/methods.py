@@ -23,6 +23,7 @@ Adding a method takes one class and one line in METHODS.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class Step:
     reference_mean: Tensor | None
     std: Tensor
 
-    @property
+    @cached_property
     def ratio(self) -> Tensor:
         return (self.log_prob - self.old_log_prob).exp()
 

@@ -37,7 +37,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor | float, reduction: s
 
     reduction "sum" is the joint log-density, "mean" is that divided by the dimension d.
     """
-    std = torch.as_tensor(std, dtype=torch.promote_types(mean.dtype, torch.float32), device=mean.device)
+    std = torch.as_tensor(std, dtype=torch.promote_types(mean.dtype, torch.float32))  # 0-d may stay on the CPU
     z = (x - mean) / std
     return reduce(-0.5 * (z.square() + math.log(2 * math.pi)) - std.log(), reduction)
 

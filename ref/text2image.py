@@ -83,6 +83,7 @@ class TextToImage(nn.Module):
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be float32 or bfloat16 (float16 overflows in T5 and FLUX), got {self.dtype}")
         self.base = None  # full fine-tuning's frozen copy
+        self.compiled = False
         self.requires_grad_(False)
         if size is None:
             side = transformer.config.sample_size
@@ -143,11 +144,26 @@ class TextToImage(nn.Module):
 
     @contextmanager
     def precision(self):
-        """Autocast to `dtype`, or off; and memory's end named."""
+        """Autocast to `dtype`, or off; and memory's end named.
+
+        With compiled blocks gradients are always on: without them the compiler would build other kernels for the
+        rollout than for the update, and the ratio would not be exactly 1.
+        """
         remedy = "lower micro_batch, or switch gradient checkpointing on"
         with out_of_memory(f"in the transformer, {self.tokens} tokens an image", remedy):
-            with torch.autocast(self.vae.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            with (
+                torch.autocast(self.vae.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+                torch.set_grad_enabled(self.compiled or torch.is_grad_enabled()),
+            ):
                 yield
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer's repeated blocks, once for each shape: steps are faster after minutes of waiting."""
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks x sizes of micro-batches
+        for module in self.transformer.modules():
+            if type(module).__name__ in self.transformer._no_split_modules:
+                module.compile(fullgraph=True, dynamic=False)  # a shape must always meet the same kernels
+        self.compiled = True
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -300,7 +316,7 @@ class SD3(TextToImage):
         if guided:
             negative, positive = v.chunk(2)
             v = negative + self.guidance_scale * (positive - negative)
-        return v
+        return v if torch.is_grad_enabled() else v.detach()
 
 
 def exact_time(module, arguments: tuple) -> tuple:
@@ -354,16 +370,17 @@ class Flux(TextToImage):
         self.transformer.time_text_embed.exact_time = (1000 * time).expand(len(x))
         guided = self.transformer.config.guidance_embeds
         with self.precision():
-            return self.transformer(
+            v = self.transformer(
                 hidden_states=x,
                 timestep=time.expand(len(x)),
-                guidance=torch.tensor(self.guidance_scale, device=x.device).expand(len(x)) if guided else None,
+                guidance=torch.full((len(x),), self.guidance_scale, device=x.device) if guided else None,
                 encoder_hidden_states=embeds,
                 pooled_projections=conditioning["pooled_prompt_embeds"],
                 txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
                 img_ids=self.image_ids,
                 return_dict=False,
             )[0].float()
+        return v if torch.is_grad_enabled() else v.detach()
 
 
 ADAPTERS = {adapter.pipeline: adapter for adapter in (SD3, Flux)}
@@ -382,6 +399,7 @@ def load(
     lora_alpha: float | None = None,
     keep_base: bool = True,
     gradient_checkpointing: bool = False,
+    compile_blocks: bool = False,
     decode_batch: int | None = 8,
     tiling: bool = False,
     dtype: torch.dtype | None = None,
@@ -401,6 +419,7 @@ def load(
                             parts where there are several processes; alpha None is twice the rank
     keep_base               with rank None: keep a frozen copy of the base, which a KL to it needs
     gradient_checkpointing  compute activations twice and keep one block's: less memory, a third more time
+    compile_blocks          compile the transformer's repeated blocks (torch.compile): faster after a while
     decode_batch, tiling    images at once through the VAE, and decoding each in tiles (seams may show)
     dtype                   of the transformer's arithmetic; None: bfloat16 on a GPU, float32 on the CPU
     device                  None: the GPU when there is one
@@ -459,4 +478,6 @@ def load(
             loaded.transformer.enable_gradient_checkpointing()
         if lora_rank is not None:
             loaded.add_lora(lora_rank, lora_alpha or 2 * lora_rank, seed)
+        if compile_blocks:
+            loaded.compile_blocks()
     return loaded

@@ -33,6 +33,7 @@ import torch
 
 from ref import checkpoint, metrics
 from ref.card import model_card
+from ref.fit import fitted
 from ref.grpo import Settings, calibrate_on, sample, scores, start, train
 from ref.layout import deal_padded, over_processes, processes, rank
 from ref.methods import METHODS
@@ -174,6 +175,7 @@ def run(
     accelerator.wait_for_everyone()
 
     task = build(encoder, **options)
+    settings = fitted(task.model, task.prompts, settings)
     keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
     saved = load(folder, keys) if resume else None
     state, history = start(task.model, settings), []
@@ -289,6 +291,7 @@ OPTIONS = {
     "lora_alpha": (float, "default: twice the rank"),
     "gradient_checkpointing": (bool, "less memory, a third more time"),
     "tiling": (bool, "decode in tiles"),
+    "compile_blocks": (bool, "compile the transformer's repeated blocks: minutes at first, then faster steps"),
     "decode_batch": (int, "images at once through the VAE"),
     "max_sequence_length": (int, "T5 tokens"),
     "cache_dir": (Path, "of prompt embeddings"),

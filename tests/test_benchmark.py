@@ -80,8 +80,8 @@ def test_every_phase_is_measured():
     build, settings = PRESETS["digits"]
     result = benchmark(build(), dataclasses.replace(settings, groups=2, group_size=2, steps=3, window=1), 3, 1)
     for phases in result["phases"].values():
-        assert set(phases) >= {"seconds", "sample", "decode", "reward", "features", "update", "checkpoint"}
-        parts = sum(phases[name]["median"] for name in ("sample", "decode", "reward", "features", "update"))
+        assert set(phases) >= {"seconds", "encode", "sample", "decode", "reward", "features", "update", "checkpoint"}
+        parts = sum(phases[name]["median"] for name in ("encode", "sample", "decode", "reward", "features", "update"))
         assert 0 < parts < 1.5 * phases["seconds"]["median"]
     assert set(result["ratio"]) == {"pec", "pcvae"} and result["flops"]["sample"] > 0
     assert all(0 < use["median"] < 1 for use in result["utilisation"].values())

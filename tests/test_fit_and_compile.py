@@ -1,0 +1,139 @@
+"""Micro-batches by trial, compiled blocks, and an update that does not wait for the GPU."""
+
+import dataclasses
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ref import digits, tiny
+from ref.fit import fits, fitted, largest
+from ref.grpo import Settings, train, trainable
+from ref.methods import METHODS
+from ref.text2image import load
+
+PROMPTS = ["a red cat", "two blue dogs on a boat"]
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 8, 100])
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 99, 1000])
+def test_largest_is_the_last_that_fits_and_asks_seldom(limit, most):
+    asked = []
+    assert largest(lambda n: not asked.append(n) and n <= limit, most) == min(limit, most)
+    assert max(asked, default=0) <= most and len(asked) <= 2 * most.bit_length() + 1
+
+
+class Limited(torch.nn.Module):
+    """A model whose memory ends at so many samples, in the forward or in the backward pass."""
+
+    latent_shape = (3,)
+
+    def __init__(self, limit, where):
+        super().__init__()
+        self.weight, self.limit, self.where = torch.nn.Parameter(torch.ones(3)), limit, where
+
+    def encode(self, prompts):
+        return {"prompt": torch.zeros(len(prompts), 0)}
+
+    def velocity(self, x, sigma, conditioning):
+        assert len(conditioning["prompt"]) == len(x)
+        v = self.weight * x
+        if len(x) > self.limit and self.where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(x) > self.limit:
+            v.register_hook(self.end)
+        return v
+
+    def end(self, gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_fitted_finds_where_memory_ends_and_leaves_no_gradient(where):
+    settings = Settings(groups=4, group_size=8, updates=2, micro_batch=0)
+    model = Limited(11, where)
+    assert fitted(model, ["p"], settings) == dataclasses.replace(settings, micro_batch=11)
+    assert model.weight.grad is None
+    assert fitted(Limited(999, where), ["p"], settings).micro_batch == 16  # all of an optimiser step's
+    assert fitted(model, ["p"], dataclasses.replace(settings, micro_batch=5)).micro_batch == 5  # as the user says
+    with pytest.raises(OSError, match="not even one sample fits; add --gradient-checkpointing"):
+        fitted(Limited(0, where), ["p"], settings)
+
+
+def test_other_errors_of_a_trial_are_not_taken_for_memory():
+    model = Limited(11, "forward")
+    model.velocity = lambda *_: torch.zeros(2) + torch.zeros(3)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        fits(model, model.encode(["p"]), 1)
+
+
+def test_micro_batch_zero_is_refused_where_nobody_found_it():
+    model, reward, phi, _ = digits.load()
+    model.add_lora(4, 8)
+    with pytest.raises(ValueError, match="let fit.fitted find it"):
+        next(train(model, digits.PROMPTS, reward, phi, METHODS["flow_grpo"](), Settings(micro_batch=0)))
+
+
+class Count(TorchDispatchMode):
+    """Counts the operators that make Python wait for a GPU's answer, or copy between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["flow_grpo", "flow_grpo_kl", "kl_cov", "pcvae"])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_the_update_asks_for_no_number_within_its_loop_over_steps(kind, method, tmp_path, monkeypatch):
+    """As many `item` and `nonzero` with two trained steps as with five: none of them is a step's."""
+    from ref import grpo
+
+    folder = getattr(tiny, kind)(tmp_path / kind)
+    model = load(folder, PROMPTS, 32, 32, max_sequence_length=16, lora_rank=2, device="cpu", cache_dir=tmp_path / "c")
+    inside, update = [], grpo.update
+
+    def counted(*arguments):
+        with Count() as count:
+            result = update(*arguments)
+        inside.append({name: count.calls[name] for name in ("_local_scalar_dense", "nonzero", "item")})
+        return result
+
+    monkeypatch.setattr(grpo, "update", counted)
+    for window in (2, 5):
+        settings = Settings(iterations=1, groups=2, group_size=2, updates=1, steps=6, window=window)
+        next(train(model, PROMPTS, lambda images, prompts: images.mean((1, 2, 3)), lambda images: images.mean((2, 3)),
+                   METHODS[method](), settings))  # fmt: skip
+    assert inside[0] == inside[1] and inside[0]["_local_scalar_dense"] > 0
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_compiled_blocks_keep_the_ratio_exactly_one(kind, checkpointing, tmp_path):
+    """Two sizes of micro-batches, rollout without and update with gradients; the numbers are the plain blocks'."""
+    folder = getattr(tiny, kind)(tmp_path / kind)
+    options = dict(max_sequence_length=16, lora_rank=2, device="cpu", cache_dir=tmp_path / "cache")
+    options |= dict(gradient_checkpointing=checkpointing)
+    settings = Settings(iterations=2, groups=2, group_size=3, updates=1, steps=3, micro_batch=4, lr=1e-2, clip=0.1)
+    histories = []
+    for compiled in (False, True):
+        model = load(folder, PROMPTS, 32, 32, compile_blocks=compiled, **options)
+        run = train(model, PROMPTS, lambda images, prompts: images.mean((1, 2, 3)), lambda images: images.mean((2, 3)),
+                    METHODS["flow_grpo"](clip=0.1), settings)  # fmt: skip
+        histories.append([(dict(s.metrics), s.samples.latents) for s in run])
+        conditioning = model.encode(PROMPTS[:1])
+        with torch.no_grad():
+            v = model.velocity(torch.zeros(1, *model.latent_shape), torch.tensor(0.5), conditioning)
+        assert not v.requires_grad and trainable(model)
+    for (plain, x), (fast, y) in zip(*histories):
+        assert plain["ratio_error"] == fast["ratio_error"] == 0.0
+        torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-3)
+        assert fast["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)
+    blocks = [m for m in model.transformer.modules() if type(m).__name__ in model.transformer._no_split_modules]
+    assert blocks and all(m._compiled_call_impl is not None for m in blocks)
