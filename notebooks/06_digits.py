@@ -235,7 +235,15 @@ for threshold in (0.5, 0.8, 0.95):
     filtered.append((f"R > {threshold}", [v / base_variance], [r]))
     print(f"base model, images with R > {threshold}: reward {r:.3f}, feature variance {v / base_variance:.0%}")
 
-kinds = ("flow_grpo", "flow_grpo_kl", "kl_cov@perceptual", "entropy_reg@latent", "entropy_reg@perceptual", "pec", "pcvae")
+kinds = (
+    "flow_grpo",
+    "flow_grpo_kl",
+    "kl_cov@perceptual",
+    "entropy_reg@latent",
+    "entropy_reg@perceptual",
+    "pec",
+    "pcvae",
+)
 points = front(runs)
 figures.reward_diversity_front({"base": filtered} | {kind: points[kind] for kind in kinds if kind in points})
 

@@ -1,11 +1,12 @@
 """The largest micro-batch that the memory holds, found once, by trying: `--micro-batch 0`.
 
-A trial is what the update does with one denoising step, velocity and gradient, while AdamW's moments and a
-twentieth of the GPU are taken: the moments come with the first optimiser step, and memory gets fragmented.
-Sizes double until one does not fit, then the gap is halved. Whatever else lives on the GPU (reward model,
-encoder, averaged weights) must be there already.
+A trial is what the update does with one denoising step, velocity and gradient, while as much is taken as
+comes later: AdamW's two moments, averaged weights, and a twentieth of the GPU, for memory gets fragmented.
+Sizes double until one does not fit, then the gap is halved. Reward model and encoder must be there already.
 
-Another micro-batch gives other roundings, so a run that must be repeated to the bit names its own.
+Another micro-batch gives other roundings. A run keeps the one it found in its checkpoints; one that must be
+repeated to the bit elsewhere names its own. So does one with compiled blocks, for every size tried would be
+compiled, and one that may not fit into a CPU's memory, for there the system ends the process instead.
 """
 
 import dataclasses
@@ -31,13 +32,16 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def fits(model, conditioning: dict[str, Tensor], samples: int) -> bool:
-    """Whether an update's forward and backward pass of so many samples finds memory. `conditioning` is [1, ...]."""
+def fits(model, conditioning: dict[str, Tensor], samples: int, copies: int = 2) -> bool:
+    """Whether an update's forward and backward pass of so many samples finds memory beside `copies` of what is trained.
+
+    conditioning is one sample's, [1, ...].
+    """
     device, weights = next(iter(conditioning.values())).device, trainable(model).values()
     enough = True
     try:
         with out_of_memory("in a trial", ""):
-            held = [torch.empty_like(w) for w in weights for _ in range(2)]
+            held = [torch.empty_like(w) for w in weights for _ in range(copies)]
             if device.type == "cuda":
                 total = torch.cuda.get_device_properties(device).total_memory
                 held.append(torch.empty(total // 20, dtype=torch.uint8, device=device))
@@ -63,9 +67,9 @@ def fitted(model, prompts: list[str], settings: Settings) -> Settings:
         return settings
     if any(in_parts(weight) for weight in trainable(model).values()):
         raise ValueError("micro_batch 0 cannot be tried out on weights in parts; give a number, 1 to begin with")
-    conditioning = model.encode(prompts[:1])
+    conditioning, copies = model.encode(prompts[:1]), 3 if settings.ema else 2
     most = -(-settings.groups // settings.updates // processes()) * settings.group_size
-    found = torch.tensor(float(largest(lambda n: fits(model, conditioning, n), most)))
+    found = torch.tensor(float(largest(lambda n: fits(model, conditioning, n, copies), most)))
     found = int(-over_processes(-found.to(next(iter(conditioning.values())).device), largest=True))
     if found == 0:
         raise OSError("out of memory: not even one sample fits; add --gradient-checkpointing, or take a larger GPU")

@@ -47,7 +47,7 @@ class Settings:
     groups: int = 10  # G, prompts an iteration
     group_size: int = 16  # K, samples a prompt
     updates: int = 2  # optimiser steps an iteration; each sees groups / updates whole groups
-    micro_batch: int = 1024  # samples in one forward pass; gradients accumulate over an optimiser step's. 0: see fit.py
+    micro_batch: int = 1024  # samples in one forward pass; gradients accumulate. 0: the largest that fits, see fit.py
     steps: int = 10  # N, denoising steps
     kind: str = "flow_sde"  # kernel, see schedule.py
     noise_level: float = 0.7  # eta of the kernel
@@ -172,9 +172,9 @@ def assign(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 def start(model, settings: Settings) -> State:
-    """A fresh state: AdamW over the trainable weights."""
+    """A fresh state: AdamW over the trainable weights, fused: one kernel, and no memory beside its moments."""
     weights = trainable(model)
-    optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=0.0, fused=True)
     return State(model, optimizer, ema=copied(weights) if settings.ema else None)
 
 
@@ -368,7 +368,9 @@ def update(
     for rows in part:
         conditioning = {key: value[rows // settings.group_size] for key, value in samples.conditioning.items()}
         # all of it at once, so that no step waits for the GPU
-        x, old_mean, old_log_prob = (v[:, rows].to(device) for v in (trajectory.x, trajectory.mean, trajectory.log_prob))
+        x, old_mean, old_log_prob = (
+            v[:, rows].to(device) for v in (trajectory.x, trajectory.mean, trajectory.log_prob)
+        )
         own_advantage, own_pair = (v[rows].T.contiguous().to(device) for v in (advantage, pair))
         for s, i in enumerate(trajectory.steps):
             sigma, std = schedule.sigmas[i], schedule.std[i]

@@ -10,9 +10,10 @@ A preset is a function that builds a `Task`, and the `Settings` it runs with; th
 | `flux_dev`     | FLUX.1-dev, 512 px, LoRA r64                   | Flow-GRPO: 6 steps, guidance 3.5, noise 0.9 |
 | `flux_dev_720` | FLUX.1-dev, 720 px, LoRA r128                  | DanceGRPO, the paper's: 16 steps, eta 0.3, shift 3, same noise, the first 60 % of the steps |
 
-The large ones take the options of `text_to_image`, among them a folder in place of the model, and `memory`,
-the GPU's in GB. All variants of a preset do the same, up to rounding. The memory below is *computed*, not
-measured: `ref.memory`, plus PickScore in float32 (3.7 GiB), averaged weights, 1 GiB for CUDA, and a tenth.
+The large ones take the options of `text_to_image`, among them a folder in place of the model. Their micro-batch
+is the largest that fits, found by trial (fit.py), unless `memory` is given, the GPU's in GB: then it is the one of
+this table. All variants do the same, up to rounding. The memory is *computed*, not measured: `ref.memory`, plus
+PickScore in float32 (3.7 GiB), averaged weights, 1 GiB for CUDA, and a tenth.
 
 |                | 24 GB               | 48 GB               | 80 GB               |
 |----------------|---------------------|---------------------|---------------------|
@@ -183,10 +184,10 @@ def large(preset: str, **options) -> Callable:
 
 
 FLOW_GRPO = Settings(
-    iterations=1000, groups=48, group_size=24, updates=2, micro_batch=12, steps=10, noise_level=0.7, lr=3e-4, ema=0.9
+    iterations=1000, groups=48, group_size=24, updates=2, micro_batch=0, steps=10, noise_level=0.7, lr=3e-4, ema=0.9
 )
 DANCE_GRPO = Settings(
-    iterations=300, groups=8, group_size=12, updates=1, micro_batch=2, steps=16, kind="dance_sde", noise_level=0.3,
+    iterations=300, groups=8, group_size=12, updates=1, micro_batch=0, steps=16, kind="dance_sde", noise_level=0.3,
     lr=3e-4, trained=0.6, same_noise=True,
 )  # fmt: skip
 PRESETS = {
@@ -198,7 +199,7 @@ PRESETS = {
     "sd35_medium": (large("sd35_medium", model="sd35_medium", lora_rank=32, evaluation_steps=40), FLOW_GRPO),
     "flux_dev": (
         large("flux_dev", model="flux_dev", lora_rank=64, evaluation_steps=28),
-        replace(FLOW_GRPO, steps=6, noise_level=0.9, micro_batch=4),
+        replace(FLOW_GRPO, steps=6, noise_level=0.9),
     ),
     "flux_dev_720": (
         large("flux_dev_720", model="flux_dev", lora_rank=128, evaluation_steps=28, height=720, width=720, shift=3.0),
@@ -208,7 +209,7 @@ PRESETS = {
 
 
 def settings_of(preset: str, memory: int | None = None) -> Settings:
-    """The preset's settings, for a GPU of `memory` GB. Raises ValueError where there is no such variant."""
+    """The preset's settings, in the variant for a GPU of `memory` GB. Raises ValueError where there is none."""
     _, settings = PRESETS[preset]
     if memory is None:
         return settings

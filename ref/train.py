@@ -175,9 +175,11 @@ def run(
     accelerator.wait_for_everyone()
 
     task = build(encoder, **options)
-    settings = fitted(task.model, task.prompts, settings)
     keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
     saved = load(folder, keys) if resume else None
+    if saved and not settings.micro_batch and "micro_batch" in saved:
+        settings = dataclasses.replace(settings, micro_batch=saved["micro_batch"])
+    settings = fitted(task.model, task.prompts, settings)
     state, history = start(task.model, settings), []
     state.bandwidth = saved["bandwidth"] if saved else calibrate_on(task.model, task.prompts, task.encoder, settings)
     base, before = evaluate(task, settings, state.bandwidth)
@@ -209,7 +211,8 @@ def run(
             history = [*history, entry]
             accelerator.log(entry, step=n)
             bar.set_postfix(reward=f"{entry['reward']:.3f}", variance=f"{entry['feature_variance']:.3f}")
-            latest = checkpoint.snapshot(state.state_dict()) | {"history": history, "embeddings": keys}
+            latest = checkpoint.snapshot(state.state_dict())
+            latest |= {"history": history, "embeddings": keys, "micro_batch": settings.micro_batch}
             if first:
                 newest = latest
                 if n % save_every == 0 or n == settings.iterations:
@@ -276,7 +279,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 OPTIONS = {
-    "memory": (int, "of the GPU in GB: 24, 48 or 80 (default: 80)"),
+    "memory": (
+        int,
+        "of the GPU in GB, 24, 48 or 80: computed settings in place of the largest micro-batch, found by trial",
+    ),
     "model": (str, "a diffusers folder or hub id in place of the preset's"),
     "reward": (str, "what to raise, as rewards.py reads it: pickscore, or pickscore:0.7+ocr:0.3 (default: pickscore)"),
     "prompts": (str, "a .txt or .jsonl file, or train, evaluation or ocr (default: train)"),

@@ -62,6 +62,38 @@ def test_fitted_finds_where_memory_ends_and_leaves_no_gradient(where):
         fitted(Limited(0, where), ["p"], settings)
 
 
+@pytest.mark.parametrize("ema, copies", [(0.0, 2), (0.9, 3)])
+def test_a_trial_leaves_room_for_moments_and_averages(ema, copies, monkeypatch):
+    from ref import fit
+
+    taken = []
+    monkeypatch.setattr(fit.torch, "empty_like", lambda w: taken.append(w.numel()) or w.clone())
+    model = Limited(99, "forward")
+    assert fitted(model, ["p"], Settings(groups=1, group_size=2, updates=1, micro_batch=0, ema=ema)).micro_batch == 2
+    assert taken == [3] * copies * 2  # two trials
+
+
+def test_a_run_finds_its_micro_batch_once(tmp_path, monkeypatch):
+    """Continued where more would fit, it keeps to what it found, and ends bit for bit as if never interrupted."""
+    from ref import fit
+    from ref.train import run
+
+    small = Settings(groups=2, group_size=8, updates=1, steps=4, lr=1e-2, clip=0.2, iterations=4)
+
+    def weights(name, **changes):
+        run("mixture", "pec", tmp_path / name, 1.0, dataclasses.replace(small, **changes), progress=False, resume=True)
+        return torch.load(sorted((tmp_path / name).glob("checkpoint-*.pt"))[-1])
+
+    named, other = weights("named", micro_batch=5), weights("other", micro_batch=9)
+    monkeypatch.setattr(fit, "fits", lambda model, conditioning, samples, copies: samples <= 5)
+    assert weights("found", micro_batch=0, iterations=2)["micro_batch"] == 5
+    monkeypatch.setattr(fit, "fits", lambda model, conditioning, samples, copies: samples <= 9)
+    found = weights("found", micro_batch=0)
+    assert found["micro_batch"] == 5
+    assert all(torch.equal(w, named["weights"][name]) for name, w in found["weights"].items())
+    assert not all(torch.equal(w, other["weights"][name]) for name, w in found["weights"].items())
+
+
 def test_other_errors_of_a_trial_are_not_taken_for_memory():
     model = Limited(11, "forward")
     model.velocity = lambda *_: torch.zeros(2) + torch.zeros(3)
@@ -120,7 +152,9 @@ def test_compiled_blocks_keep_the_ratio_exactly_one(kind, micro_batch, checkpoin
     folder = getattr(tiny, kind)(tmp_path / kind)
     options = dict(max_sequence_length=16, lora_rank=2, device="cpu", cache_dir=tmp_path / "cache")
     options |= dict(gradient_checkpointing=checkpointing)
-    settings = Settings(iterations=2, groups=2, group_size=3, updates=1, steps=3, micro_batch=micro_batch, lr=1e-2, clip=0.1)
+    settings = Settings(
+        iterations=2, groups=2, group_size=3, updates=1, steps=3, micro_batch=micro_batch, lr=1e-2, clip=0.1
+    )
     histories = []
     for compiled in (False, True):
         model = load(folder, PROMPTS, 32, 32, compile_blocks=compiled, **options)
@@ -128,7 +162,9 @@ def test_compiled_blocks_keep_the_ratio_exactly_one(kind, micro_batch, checkpoin
                     METHODS["flow_grpo"](clip=0.1), settings)  # fmt: skip
         histories.append([(dict(s.metrics), s.samples.latents) for s in run])
         with torch.no_grad():
-            conditioning = {key: value[[0, 1] * (settings.micro_batch // 2)] for key, value in model.encode(PROMPTS).items()}
+            conditioning = {
+                key: value[[0, 1] * (settings.micro_batch // 2)] for key, value in model.encode(PROMPTS).items()
+            }
             x = torch.zeros(settings.micro_batch, *model.latent_shape)
             assert not model.velocity(x, torch.tensor(0.5), conditioning).requires_grad
     for (plain, x), (fast, y) in zip(*histories):
