@@ -61,19 +61,20 @@ class GaussianMixture:
         self.means, self.std, self.weights = means, float(std), weights / weights.sum()
 
     def _parts(self, x: Tensor, t: Tensor | float):
-        """t and V_t, broadcastable to [B, 1]; and log w_m N(x; (1 - t) c_m, V_t I), [M, B].
+        """t and V_t, numbers or [1, B]; and log w_m - ||x - (1 - t) c_m||^2 / 2 V_t, [M, B].
 
-        Modes come first because a softmax along memory's last, short dimension is fourteen times slower.
+        Samples come last: a softmax along memory's last, short dimension would be ten times slower.
         """
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1)
+        t = float(t) if torch.as_tensor(t).ndim == 0 else t.to(x).reshape(1, -1)
         variance = (1 - t) ** 2 * self.std**2 + t**2
-        squared = (x.T - (1 - t).T * self.means[..., None]).square().sum(1)
-        normaliser = 0.5 * x.shape[1] * (2 * math.pi * variance.T).log()
-        return t, variance, self.weights.log()[:, None] - squared / (2 * variance.T) - normaliser
+        squared = (x.T - (1 - t) * self.means[..., None]).square().sum(1)
+        return t, variance, self.weights.log()[:, None] - squared / (2 * variance)
 
     def log_prob(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
         """log p_t(x), [B], nats, for x [B, D]; t = 0 is the data and t = 1 is N(0, I)."""
-        return self._parts(x, t)[2].logsumexp(0)
+        _, variance, logs = self._parts(x, t)
+        normaliser = 0.5 * x.shape[1] * torch.as_tensor(2 * math.pi * variance).to(x).log()
+        return logs.logsumexp(0) - normaliser.flatten()
 
     def responsibilities(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
         """r_m(x, t) = P(mode m | x_t = x), [B, M]."""
@@ -82,13 +83,13 @@ class GaussianMixture:
     def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
         """v(x, t) = E[eps - x_data | x_t = x], [B, D], for x [B, D] and t a number or [B]."""
         t, variance, logs = self._parts(x, t)
-        centre = logs.softmax(0).T @ self.means
-        return -centre + (t - (1 - t) * self.std**2) / variance * (x - (1 - t) * centre)
+        centre = self.means.T @ logs.softmax(0)
+        return (-centre + (t - (1 - t) * self.std**2) / variance * (x.T - (1 - t) * centre)).T.contiguous()
 
     def score(self, x: Tensor, t: Tensor | float) -> Tensor:
         """grad log p_t(x), [B, D]; equals -(x + (1 - t) v) / t (schedule.py), but is finite at t = 0 too."""
         t, variance, logs = self._parts(x, t)
-        return ((1 - t) * (logs.softmax(0).T @ self.means) - x) / variance
+        return (((1 - t) * (self.means.T @ logs.softmax(0)) - x.T) / variance).T.contiguous()
 
     def sample(self, n: int, generator: torch.Generator | None = None, t: float = 0.0) -> Tensor:
         """n draws [n, D] from p_t."""
