@@ -3,7 +3,7 @@
     python -m ref.benchmark --preset digits --json digits.json
     python -m ref.benchmark --preset sd35_medium --memory 80          # and every other option of ref.train
     python -m ref.benchmark --preset flux_dev --compare-naive         # see naive.py
-    python -m ref.benchmark --on-paper                                # the large presets' FLOPs, without a GPU
+    python -m ref.benchmark --on-paper 256 512 1024                   # the large presets' FLOPs, without a GPU
 
 **Alternation.** A machine's speed drifts, so Flow-GRPO, PEC and PCVAE take turns, one iteration each, on the
 same model in the same process; every third round another goes first. Numbers are medians and quartiles.
@@ -178,19 +178,20 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def on_paper() -> str:
-    """FLOPs of the large presets, counted on fake tensors: shapes alone go through the real modules."""
+def on_paper(sizes: list[int]) -> str:
+    """FLOPs of the large presets, counted on fake tensors: shapes alone go through the real modules.
+
+    For square images of so many pixels a side; none are the preset's own.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ref.memory import shaped
     from ref.text2image import SD3
 
-    lines = ["preset         forward  and backward  decode (TFLOP a sample)   rollout   update (PFLOP an iteration)"]
-    for preset, name, size, rank in (
-        ("sd35_medium", "sd35_medium", 512, 32),
-        ("flux_dev", "flux_dev", 512, 64),
-        ("flux_dev_720", "flux_dev", 720, 128),
-    ):
+    lines = ["preset        pixels  forward  and backward  decode (TFLOP a sample)  images  rollout  update (PFLOP)"]
+    presets = (("sd35_medium", "sd35_medium", 512, 32), ("flux_dev", "flux_dev", 512, 64))
+    presets += (("flux_dev_720", "flux_dev", 720, 128),)
+    for preset, name, size, rank in [(*p[:2], size, p[3]) for p in presets for size in sizes or p[2:3]]:
         model, settings = shaped(name, size, rank), PRESETS[preset][1]
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
@@ -204,8 +205,8 @@ def on_paper() -> str:
                 model.decode(torch.empty(1, *model.latent_shape))
         images, work = settings.groups * settings.group_size, phase_flops(settings, forward, both)
         lines.append(
-            f"{preset:<13} {forward / 1e12:>8.2f} {both / 1e12:>13.2f} {counter.get_total_flops() / 1e12:>7.2f}"
-            f" {images:>13} images {work['sample'] / 1e15:>10.1f} {work['update'] / 1e15:>8.1f}"
+            f"{preset:<13} {size:>6} {forward / 1e12:>8.2f} {both / 1e12:>13.2f} {counter.get_total_flops() / 1e12:>7.2f}"
+            f" {images:>24} {work['sample'] / 1e15:>8.1f} {work['update'] / 1e15:>7.1f}"
         )
     return "\n".join(lines)
 
@@ -222,27 +223,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compare-naive", action="store_true", help="run the field's usual way beside ours")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    parser.add_argument("--on-paper", action="store_true", help="FLOPs of the large presets from their shapes")
+    paper = "FLOPs of the large presets from their shapes, for images of so many pixels a side (default: their own)"
+    parser.add_argument("--on-paper", type=int, nargs="*", metavar="PIXELS", help=paper)
     own, rest = parser.parse_known_args(arguments)
-    if own.on_paper:
-        print(on_paper())
-        return 0
-    given = vars(parse([*rest, "--method", "flow_grpo", "--output-dir", "-"]))
-    options = {name: given[name] for name in OPTIONS if given[name] is not None}
-    if own.threads:
-        torch.set_num_threads(own.threads)
     try:
-        if given["preset"] not in PRESETS:
-            raise ValueError(f"unknown preset {given['preset']!r}; choose one of {', '.join(PRESETS)}")
-        if options and given["preset"] not in VARIANTS:
-            raise ValueError(
-                f"preset {given['preset']} takes no {next(iter(options))}; that is for {', '.join(VARIANTS)}"
-            )
-        changes = {f.name: given[f.name] for f in dataclasses.fields(Settings) if given[f.name] is not None}
-        settings = dataclasses.replace(settings_of(given["preset"], options.get("memory")), **changes)
-        task = PRESETS[given["preset"]][0](given["encoder"], **options)
-        settings = fitted(task.model, task.prompts, settings)
-        result = {"preset": given["preset"]} | benchmark(task, settings, own.repeats, own.warmup, own.compare_naive)
+        if own.on_paper is not None:
+            print(on_paper(own.on_paper))
+            return 0
+        result = of_command(own, parse([*rest, "--method", "flow_grpo", "--output-dir", "-"]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -250,6 +238,23 @@ def main(arguments: list[str] | None = None) -> int:
     if own.json:
         own.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def of_command(own: argparse.Namespace, given: argparse.Namespace) -> dict:
+    """`benchmark` of what the command line asks for: its `own` options, and those of ref.train that were `given`."""
+    given = vars(given)
+    preset, options = given["preset"], {name: given[name] for name in OPTIONS if given[name] is not None}
+    if own.threads:
+        torch.set_num_threads(own.threads)
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    if options and preset not in VARIANTS:
+        raise ValueError(f"preset {preset} takes no {next(iter(options))}; that is for {', '.join(VARIANTS)}")
+    changes = {f.name: given[f.name] for f in dataclasses.fields(Settings) if given[f.name] is not None}
+    settings = dataclasses.replace(settings_of(preset, options.get("memory")), **changes)
+    task = PRESETS[preset][0](given["encoder"], **options)
+    settings = fitted(task.model, task.prompts, settings)
+    return {"preset": preset} | benchmark(task, settings, own.repeats, own.warmup, own.compare_naive)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ A trial is what the update does with one denoising step, velocity and gradient, 
 comes later: AdamW's two moments, averaged weights, and a twentieth of the GPU, for memory gets fragmented.
 Sizes double until one does not fit, then the gap is halved. Reward model and encoder must be there already.
 
+Compiled blocks are tried as they were before: every size would take minutes to compile, and they keep no more.
+
 Another micro-batch gives other roundings. A run keeps the one it found in its checkpoints; one that must be
-repeated to the bit elsewhere names its own. So does one with compiled blocks, for every size tried would be
-compiled, and one that may not fit into a CPU's memory, for there the system ends the process instead.
+repeated to the bit elsewhere names its own. So does one that may not fit into a CPU's memory, for there the
+system ends the process instead.
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ def fits(model, conditioning: dict[str, Tensor], samples: int, copies: int = 2) 
     device, weights = next(iter(conditioning.values())).device, trainable(model).values()
     enough = True
     try:
-        with out_of_memory("in a trial", ""):
+        with out_of_memory("in a trial", ""), torch.compiler.set_stance("force_eager"):
             held = [torch.empty_like(w) for w in weights for _ in range(copies)]
             if device.type == "cuda":
                 total = torch.cuda.get_device_properties(device).total_memory

@@ -1,6 +1,7 @@
 """Tiny pipelines of the real classes with random weights: whole, on disk, made in a second without a network.
 
-    python -m ref.tiny DIR      # DIR/sd3, DIR/flux, DIR/clip, DIR/dino
+    python -m ref.tiny DIR            # DIR/sd3, DIR/flux, DIR/clip, DIR/dino
+    python -m ref.tiny DIR --wide     # transformers as wide as the big ones, two blocks deep, 3 GB
 
 `sd3` and `flux` are complete diffusers folders (tokenizers, text encoders, transformer, VAE,
 scheduler), `clip` and `dino` complete transformers folders. They hold nothing that was learnt and
@@ -8,6 +9,8 @@ stand for SD3.5-Medium, FLUX.1-dev, PickScore or CLIP, and DINOv2 wherever code 
 the question: tests, CI, notebook 07 without a GPU. Structure follows the big models where code can
 depend on it: VAE factor 8 and patches of 2, SD3.5's dual attention and query-key norm, FLUX's
 guidance embedding and dynamic shift, 77 CLIP tokens. Images are 64 x 64 (any multiple of 16).
+
+The wide ones are for timings: there arithmetic takes the time, not the starting of small operations.
 """
 
 import argparse
@@ -16,6 +19,10 @@ from pathlib import Path
 import torch
 
 WIDTH = 32  # of every transformer here
+WIDE = {  # of SD3.5-Medium and FLUX.1-dev
+    "sd3": dict(num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536),
+    "flux": dict(num_attention_heads=24, attention_head_dim=128, axes_dims_rope=(16, 56, 56)),
+}
 
 
 def clip_tokenizer():
@@ -74,17 +81,18 @@ def vae():
     return model
 
 
-def sd3(folder: Path | str, seed: int = 0) -> Path:
+def sd3(folder: Path | str, seed: int = 0, wide: bool = False) -> Path:
     """A `StableDiffusion3Pipeline` shaped like SD3.5-Medium, saved in `folder`."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
-    transformer = SD3Transformer2DModel(
+    config = dict(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=32,
-        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+        pos_embed_max_size=64 if wide else 16, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
+    transformer = SD3Transformer2DModel(**config | (WIDE["sd3"] if wide else {}))
     StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -99,16 +107,17 @@ def sd3(folder: Path | str, seed: int = 0) -> Path:
     return Path(folder)
 
 
-def flux(folder: Path | str, seed: int = 0) -> Path:
+def flux(folder: Path | str, seed: int = 0, wide: bool = False) -> Path:
     """A `FluxPipeline` shaped like FLUX.1-dev, saved in `folder`."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
     torch.manual_seed(seed)
-    transformer = FluxTransformer2DModel(
+    config = dict(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=WIDTH, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
+    transformer = FluxTransformer2DModel(**config | (WIDE["flux"] if wide else {}))
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae(),
@@ -160,9 +169,10 @@ MAKERS = {"sd3": sd3, "flux": flux, "clip": clip, "dino": dino}
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ref.tiny", description="Tiny random pipelines, saved as folders.")
     parser.add_argument("folder", type=Path, help="gets a subfolder for each of " + ", ".join(MAKERS))
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument("--wide", action="store_true", help="transformers as wide as SD3.5-Medium's and FLUX.1-dev's")
+    given = parser.parse_args(arguments)
     for name, make in MAKERS.items():
-        path = make(folder / name)
+        path = make(given.folder / name, **(dict(wide=True) if given.wide and name in WIDE else {}))
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         print(f"{path}  {size / 2**20:.2f} MiB")
 

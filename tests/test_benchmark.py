@@ -104,6 +104,7 @@ def test_the_command_writes_json(tmp_path, capsys):
         (["--preset", "nothing"], "unknown preset"),
         (["--preset", "mixture", "--repeats", "1"], "repeats must be at least 3"),
         (["--preset", "mixture", "--height", "64"], "takes no height"),
+        (["--on-paper", "500"], "must be a multiple of 16"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, words, capsys):

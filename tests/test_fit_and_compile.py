@@ -171,5 +171,9 @@ def test_compiled_blocks_keep_the_ratio_exactly_one(kind, micro_batch, checkpoin
         assert plain["ratio_error"] == fast["ratio_error"] == 0.0
         torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-3)
         assert fast["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    assert fitted(model, PROMPTS, dataclasses.replace(settings, micro_batch=0)).micro_batch == 6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # trials compile nothing
     blocks = [m for m in model.transformer.modules() if type(m).__name__ in model.transformer._no_split_modules]
     assert blocks and all(m._compiled_call_impl is not None for m in blocks)

@@ -307,6 +307,13 @@ def test_the_big_architectures_have_their_published_sizes():
             assert sum(p.numel() for p in make().parameters()) / 1e9 == pytest.approx(billions, rel=0.003)
 
 
+def test_the_wide_pipelines_are_as_wide_as_the_big_ones():
+    with torch.device("meta"):
+        configs = {"sd3": memory.sd35_medium().config, "flux": memory.flux_dev().config}
+    for kind, changes in tiny.WIDE.items():
+        assert changes == {key: configs[kind][key] for key in changes}
+
+
 # -------------------------------------------------------------------------------------- prompt embeddings
 
 
