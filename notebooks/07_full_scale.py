@@ -113,7 +113,7 @@ settings
 if FAST:
     print("skipped in fast mode; python -m ref.memory prints it in a minute")
 else:
-    memory.main()
+    memory.main([])
 Markdown(presets.__doc__.partition("\n\n")[2])
 
 # %% [markdown]
@@ -124,7 +124,8 @@ Markdown(presets.__doc__.partition("\n\n")[2])
 #
 # $$ c\,GKN \;\text{(rollout)} \;+\; 3\,c\,GKS \;\text{(update; the way back counts two)}, $$
 #
-# and 4 in place of 3 with gradient checkpointing. PEC and PCVAE add no passes: $\phi$ looks at finished images, and
+# and 4 in place of 3 with gradient checkpointing. That is an upper bound: a LoRA needs no gradients of the frozen weights,
+# and `python -m ref.benchmark --on-paper` counts 2.1 to 2.5 in place of 3. PEC and PCVAE add no passes: $\phi$ looks at finished images, and
 # where it is the reward's own network it is run once for both.
 
 

@@ -6,7 +6,7 @@
     python -m ref.benchmark --on-paper 256 512 1024                   # the large presets' FLOPs, without a GPU
 
 **Alternation.** A machine's speed drifts, so Flow-GRPO, PEC and PCVAE take turns, one iteration each, on the
-same model in the same process; every third round another goes first. Numbers are medians and quartiles.
+same model in the same process; each round another goes first. Numbers are medians and quartiles.
 
 **Ratio.** seconds(PEC) / seconds(Flow-GRPO), round by round. Our loop logs feature diversity for every method;
 Flow-GRPO as published has no encoder, so the time of its features is taken off. This is the stricter ratio.
@@ -24,6 +24,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -35,8 +36,8 @@ from ref import checkpoint
 from ref.fit import fitted
 from ref.grpo import Settings, calibrate_on, start, train, trainable
 from ref.methods import METHODS
-from ref.naive import against_naive
-from ref.presets import PRESETS, VARIANTS, Task, settings_of
+from ref.naive import against_naive, text_encoders
+from ref.presets import PRESETS, VARIANTS, Task, check, settings_of
 from ref.stopwatch import Stopwatch
 from ref.train import OPTIONS, parse
 
@@ -110,8 +111,11 @@ def rounds(task: Task, settings: Settings, methods: tuple[str, ...], repeats: in
     return measured
 
 
-def benchmark(task: Task, settings: Settings, repeats: int = 9, warmup: int = 2, naive: bool = False) -> dict:
-    """Everything of the module's docstring, ready for JSON. Seconds, images a second, GiB, FLOPs."""
+def benchmark(task: Task, settings: Settings, repeats: int = 9, warmup: int = 2, naive: Callable | None = None) -> dict:
+    """Everything of the module's docstring, ready for JSON. Seconds, images a second, GiB, FLOPs.
+
+    naive: the text encoders (`naive.text_encoders`) with which the field's usual way is to be run, if at all.
+    """
     if repeats < 3 or warmup < 1:
         raise ValueError(f"repeats must be at least 3 and warmup at least 1, got {repeats} and {warmup}")
     model = task.model
@@ -150,7 +154,7 @@ def benchmark(task: Task, settings: Settings, repeats: int = 9, warmup: int = 2,
         },
     }
     if naive:
-        result["naive"] = against_naive(task, settings, METHODS["pec"](clip=settings.clip), repeats)
+        result["naive"] = against_naive(task, settings, METHODS["pec"](clip=settings.clip), repeats, naive)
         result["naive"]["speedup"] = spread(result["naive"]["speedup"])
     return result
 
@@ -163,7 +167,11 @@ def most_resident() -> float:
 def report(result: dict) -> str:
     """The numbers of `benchmark` as text."""
     form = lambda s, scale=1.0: f"{s['median'] * scale:9.2f} ({s['low'] * scale:.2f} .. {s['high'] * scale:.2f})"  # noqa: E731
+    s = result["settings"]
     lines = [f"{result['device']}; medians (quartiles) of {result['repeats']} rounds"]
+    lines.append(
+        f"{s['groups']} prompts x {s['group_size']} samples, {s['steps']} steps, micro-batch {s['micro_batch']}"
+    )
     for method, phases in result["phases"].items():
         lines.append(f"\n{method}, milliseconds")
         lines += [f"  {'iteration' if name == 'seconds' else name:<12}{form(s, 1e3)}" for name, s in phases.items()]
@@ -178,21 +186,20 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def on_paper(sizes: list[int]) -> str:
+def on_paper(sizes: list[int]) -> Iterator[str]:
     """FLOPs of the large presets, counted on fake tensors: shapes alone go through the real modules.
 
-    For square images of so many pixels a side; none are the preset's own.
+    sizes: pixels along the sides of the images; none: each preset's own. Yields the lines of a table.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ref.memory import shaped
     from ref.text2image import SD3
 
-    lines = ["preset        pixels  forward  and backward  decode (TFLOP a sample)  images  rollout  update (PFLOP)"]
-    presets = (("sd35_medium", "sd35_medium", 512, 32), ("flux_dev", "flux_dev", 512, 64))
-    presets += (("flux_dev_720", "flux_dev", 720, 128),)
-    for preset, name, size, rank in [(*p[:2], size, p[3]) for p in presets for size in sizes or p[2:3]]:
-        model, settings = shaped(name, size, rank), PRESETS[preset][1]
+    yield "preset        pixels   forward  and backward   decode (TFLOP a sample)  images   rollout   update      sum (PFLOP)"
+    for preset, size in [(p, size) for p in VARIANTS for size in sizes or [PRESETS[p][0].keywords.get("height", 512)]]:
+        build, settings = PRESETS[preset]
+        model = shaped(build.keywords["model"], size, build.keywords["lora_rank"])
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             config, tokens = model.transformer.config, model.default_tokens + 77 * isinstance(model, SD3)
@@ -204,11 +211,12 @@ def on_paper(sizes: list[int]) -> str:
             with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
                 model.decode(torch.empty(1, *model.latent_shape))
         images, work = settings.groups * settings.group_size, phase_flops(settings, forward, both)
-        lines.append(
-            f"{preset:<13} {size:>6} {forward / 1e12:>8.2f} {both / 1e12:>13.2f} {counter.get_total_flops() / 1e12:>7.2f}"
-            f" {images:>24} {work['sample'] / 1e15:>8.1f} {work['update'] / 1e15:>7.1f}"
-        )
-    return "\n".join(lines)
+        each = (forward, both, counter.get_total_flops())
+        all_of_them = (work["sample"], work["update"], sum(work.values()))
+        yield (
+            f"{preset:<13} {size:>6}" + "{:>10.2f}{:>14.2f}{:>9.2f}".format(*(n / 1e12 for n in each))
+            + f"{images:>25}" + "{:>10.1f}{:>9.1f}{:>9.1f}".format(*(n / 1e15 for n in all_of_them))
+        )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -228,7 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
     own, rest = parser.parse_known_args(arguments)
     try:
         if own.on_paper is not None:
-            print(on_paper(own.on_paper))
+            if rest:
+                parser.error(f"--on-paper takes sizes in pixels and nothing else, got {' '.join(rest)}")
+            for line in on_paper(own.on_paper):
+                print(line, flush=True)
             return 0
         result = of_command(own, parse([*rest, "--method", "flow_grpo", "--output-dir", "-"]))
     except (ValueError, OSError) as error:
@@ -246,15 +257,15 @@ def of_command(own: argparse.Namespace, given: argparse.Namespace) -> dict:
     preset, options = given["preset"], {name: given[name] for name in OPTIONS if given[name] is not None}
     if own.threads:
         torch.set_num_threads(own.threads)
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    if options and preset not in VARIANTS:
-        raise ValueError(f"preset {preset} takes no {next(iter(options))}; that is for {', '.join(VARIANTS)}")
+    check(preset, options)
     changes = {f.name: given[f.name] for f in dataclasses.fields(Settings) if given[f.name] is not None}
     settings = dataclasses.replace(settings_of(preset, options.get("memory")), **changes)
     task = PRESETS[preset][0](given["encoder"], **options)
+    naive = (
+        text_encoders(task.model) if own.compare_naive else None
+    )  # they take memory that the trial must not give away
     settings = fitted(task.model, task.prompts, settings)
-    return {"preset": preset} | benchmark(task, settings, own.repeats, own.warmup, own.compare_naive)
+    return {"preset": preset} | benchmark(task, settings, own.repeats, own.warmup, naive)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """GPU memory of training SD3.5-Medium and FLUX.1-dev, computed from shapes: no weights, no GPU.
 
-    python -m ref.memory
+    python -m ref.memory                # the presets' image sizes
+    python -m ref.memory 512 1024       # others, in pixels
 
 PyTorch's fake tensors go through the real transformer's forward pass, and every tensor that autograd would
 keep for the backward pass is counted once, as its storage is. For B samples in a micro-batch
@@ -15,6 +16,8 @@ block     with gradient checkpointing: one block's share, computed again; withou
 Left out: CUDA's own context and fragmentation (plan for a tenth more), the trajectories (latents, under
 2 MB a sample and step), reward models and encoders, decoding (lower `decode_batch`).
 """
+
+import argparse
 
 import torch
 from torch import nn
@@ -123,9 +126,13 @@ def footprint(model: TextToImage) -> dict[str, float]:
     return {name: value / GIB for name, value in terms.items()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m ref.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("pixels", type=int, nargs="*", help="along the sides of the images (default: the presets')")
+    sizes = parser.parse_args(arguments).pixels
     print("model        size  rank  weights  trained  a sample more: checkpointed, not   peak of 1, 4, 8 checkpointed")
-    for name, size, rank in (("sd35_medium", 512, 32), ("flux_dev", 512, 64), ("flux_dev", 720, 128)):
+    presets = (("sd35_medium", 512, 32), ("flux_dev", 512, 64), ("flux_dev", 720, 128))
+    for name, size, rank in [(name, size, rank) for name, own, rank in presets for size in sizes or [own]]:
         m = footprint(shaped(name, size, rank))
         each = m["kept"] + m["block"]
         peaks = ", ".join(f"{m['weights'] + m['trained'] + b * each:.1f}" for b in (1, 4, 8))

@@ -63,9 +63,9 @@ class GaussianMixture:
     def _parts(self, x: Tensor, t: Tensor | float):
         """t and V_t, numbers or [1, B]; and log w_m - ||x - (1 - t) c_m||^2 / 2 V_t, [M, B].
 
-        Samples come last: a softmax along memory's last, short dimension would be ten times slower.
+        A single t, of any kind, is a constant: there is no gradient by it. Samples come last: a softmax along memory's last, short dimension would be ten times slower.
         """
-        t = float(t) if torch.as_tensor(t).ndim == 0 else t.to(x).reshape(1, -1)
+        t = float(t) if torch.as_tensor(t).ndim == 0 else torch.as_tensor(t).to(x).reshape(1, -1)
         variance = (1 - t) ** 2 * self.std**2 + t**2
         squared = (x.T - (1 - t) * self.means[..., None]).square().sum(1)
         return t, variance, self.weights.log()[:, None] - squared / (2 * variance)
@@ -73,7 +73,7 @@ class GaussianMixture:
     def log_prob(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
         """log p_t(x), [B], nats, for x [B, D]; t = 0 is the data and t = 1 is N(0, I)."""
         _, variance, logs = self._parts(x, t)
-        normaliser = 0.5 * x.shape[1] * torch.as_tensor(2 * math.pi * variance).to(x).log()
+        normaliser = 0.5 * x.shape[1] * torch.as_tensor(2 * math.pi * variance, dtype=x.dtype, device=x.device).log()
         return logs.logsumexp(0) - normaliser.flatten()
 
     def responsibilities(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:

@@ -1,8 +1,8 @@
 """BASELINE, not for use: an iteration written the field's usual way, to be timed beside `grpo.train`'s.
 
-Read from public trainers' code (shared notes and the issues of their users), all of it at once:
+Habits read from public trainers' code and the issues of their users, all of them at once, as no one of them need have:
 
-    text encoders stay in memory and encode the prompt again for every batch
+    text encoders stay in memory and encode the prompt again for every sample
     rollouts, decoder, reward model and encoder take one sample at a time
     old log-densities are stored, and computed once more by a forward pass of their own before the update
     the update takes one sample and step at a time
@@ -134,10 +134,13 @@ def our_iteration(loop, settings: Settings) -> dict:
     }
 
 
-def against_naive(task: Task, settings: Settings, method: FlowGRPO, repeats: int) -> dict:
-    """{"speedup": naive seconds / ours, round by round in alternation; "difference": of the first, by quantity}."""
+def against_naive(task: Task, settings: Settings, method: FlowGRPO, repeats: int, encode: Callable) -> dict:
+    """{"speedup": naive seconds / ours, round by round in alternation; "difference": of the first, by quantity}.
+
+    encode: what `text_encoders` gives for the task's model.
+    """
     settings = dataclasses.replace(settings, updates=1, iterations=10**9)
-    state, encode = start(task.model, settings), text_encoders(task.model)
+    state = start(task.model, settings)
     state.bandwidth = calibrate_on(task.model, task.prompts, task.encoder, settings)
     loop = train(task.model, task.prompts, task.reward, task.encoder, method, settings, state)
 

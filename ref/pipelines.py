@@ -33,14 +33,21 @@ HUB = {"sd35_medium": "stabilityai/stable-diffusion-3.5-medium", "flux_dev": "bl
 CACHE = Path.home() / ".cache" / "ref" / "prompt_embeddings"
 
 
+class OutOfMemory(OSError):
+    """Memory ended; the message says where, and what to change."""
+
+
 @contextmanager
 def out_of_memory(where: str, remedy: str):
-    """Turn running out of memory within this context into an OSError that says where, and what to change."""
+    """Turn running out of memory within this context into an `OutOfMemory` of one line."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; the CPU's allocator has no class of its own
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise OSError(f"out of memory {where}; {remedy}") from error
+    except (
+        RuntimeError
+    ) as error:  # torch.OutOfMemoryError; the CPU's allocator, CUDA and cuBLAS have no class of their own
+        signs = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+        if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs):
+            raise OutOfMemory(f"out of memory {where}; {remedy}") from error
         raise
 
 

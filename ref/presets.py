@@ -208,6 +208,14 @@ PRESETS = {
 }
 
 
+def check(preset: str, options: dict) -> None:
+    """Raises ValueError for an unknown preset, and for options of the large ones where it is none of them."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    if options and preset not in VARIANTS:
+        raise ValueError(f"preset {preset} takes no {next(iter(options))}; that is for {', '.join(VARIANTS)}")
+
+
 def settings_of(preset: str, memory: int | None = None) -> Settings:
     """The preset's settings, in the variant for a GPU of `memory` GB. Raises ValueError where there is none."""
     _, settings = PRESETS[preset]

@@ -1,6 +1,6 @@
 """Full fine-tuning on several GPUs: each process keeps a part of every weight, gradient and moment (FSDP2).
 
-    accelerate launch --num_processes 8 -m ref.train --preset flux_dev --lora-rank 0 ...
+    accelerate launch --num_processes 8 -m ref.train --preset flux_dev --lora-rank 0 --micro-batch 1 ...
 
 With P processes a GPU holds 16 / P bytes a weight in place of 16: float32 weight, gradient, AdamW's two
 moments. A block of the transformer is put together when its forward or backward pass begins and given up

@@ -149,7 +149,7 @@ class TextToImage(nn.Module):
         With compiled blocks gradients are always on: without them the compiler would build other kernels for the
         rollout than for the update, and the ratio would not be exactly 1.
         """
-        remedy = "lower micro_batch, or switch gradient checkpointing on"
+        remedy = "give a smaller --micro-batch, or add --gradient-checkpointing"
         with out_of_memory(f"in the transformer, {self.tokens} tokens an image", remedy):
             with (
                 torch.autocast(self.vae.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
@@ -169,7 +169,7 @@ class TextToImage(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """Latents [B, ...] -> images [B, C, H, W] in [0, 1]."""
         config, images = self.vae.config, []
-        with out_of_memory("in the VAE", "lower decode_batch, or switch tiling on"):
+        with out_of_memory("in the VAE", "give a smaller --decode-batch, or add --tiling"):
             for part in x.split(self.decode_batch or len(x)):
                 part = self.unpack(part).to(self.vae.dtype) / config.scaling_factor + config.shift_factor
                 images.append((self.vae.decode(part, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1))

@@ -33,13 +33,13 @@ import torch
 
 from ref import checkpoint, metrics
 from ref.card import model_card
-from ref.fit import fitted
+from ref.fit import fitted, refuse_in_parts
 from ref.grpo import Settings, calibrate_on, sample, scores, start, train
 from ref.layout import deal_padded, over_processes, processes, rank
 from ref.methods import METHODS
 from ref.perceptual import perceptual_entropy
 from ref.pipelines import out_of_memory
-from ref.presets import PRESETS, VARIANTS, Task, settings_of
+from ref.presets import PRESETS, VARIANTS, Task, check, settings_of
 
 # What a resumed run may have otherwise: its length, and what moves memory and time, or roundings at most.
 MAY_CHANGE = ("iterations", "micro_batch", "memory", "gradient_checkpointing", "tiling", "decode_batch", "cache_dir")
@@ -108,7 +108,7 @@ def load(folder: Path, keys: dict[str, str]) -> dict | None:
     return saved
 
 
-@out_of_memory("while training", "lower micro_batch or decode_batch, or add gradient checkpointing (--memory 24)")
+@out_of_memory("while training", "give a smaller --micro-batch or --decode-batch, or add --gradient-checkpointing")
 def run(
     preset: str,
     method: str,
@@ -143,15 +143,10 @@ def run(
     from tqdm import tqdm
 
     options = options or {}
-    for kind, choice, table in (
-        ("preset", preset, PRESETS),
-        ("method", method, METHODS),
-        ("tracker", log_with, TRACKERS),
-    ):
+    check(preset, options)
+    for kind, choice, table in (("method", method, METHODS), ("tracker", log_with, TRACKERS)):
         if choice not in table:
             raise ValueError(f"unknown {kind} {choice!r}; choose one of {', '.join(table)}")
-    if options and preset not in VARIANTS:
-        raise ValueError(f"preset {preset} takes no {next(iter(options))}; that is for {', '.join(VARIANTS)}")
     build = PRESETS[preset][0]
     default = settings_of(preset, options.get("memory"))
     settings = settings or default
@@ -170,6 +165,7 @@ def run(
     cpu = not torch.accelerator.is_available()  # accelerate would not join several processes without a GPU
     accelerator = Accelerator(cpu=cpu, log_with=tracker(log_with), project_config=project)
     first = accelerator.is_main_process
+    refuse_in_parts(not settings.micro_batch and processes() > 1 and options.get("lora_rank") == 0)
     if first:
         claim_directory(folder, description, resume)
     accelerator.wait_for_everyone()
@@ -177,9 +173,13 @@ def run(
     task = build(encoder, **options)
     keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
     saved = load(folder, keys) if resume else None
-    if saved and not settings.micro_batch and "micro_batch" in saved:
-        settings = dataclasses.replace(settings, micro_batch=saved["micro_batch"])
-    settings = fitted(task.model, task.prompts, settings)
+    if not settings.micro_batch:
+        settings = dataclasses.replace(settings, micro_batch=(saved or {}).get("micro_batch", 0))
+        settings = fitted(task.model, task.prompts, settings)
+        description["settings"] = dataclasses.asdict(settings)
+        if first:
+            print(f"micro-batch: {settings.micro_batch}, found by trial", file=sys.stderr)
+            write_json(folder / "run.json", description)
     state, history = start(task.model, settings), []
     state.bandwidth = saved["bandwidth"] if saved else calibrate_on(task.model, task.prompts, task.encoder, settings)
     base, before = evaluate(task, settings, state.bandwidth)

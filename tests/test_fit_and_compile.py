@@ -1,6 +1,7 @@
 """Micro-batches by trial, compiled blocks, and an update that does not wait for the GPU."""
 
 import dataclasses
+import json
 import shutil
 from collections import Counter
 
@@ -54,10 +55,12 @@ class Limited(torch.nn.Module):
 def test_fitted_finds_where_memory_ends_and_leaves_no_gradient(where):
     settings = Settings(groups=4, group_size=8, updates=2, micro_batch=0)
     model = Limited(11, where)
-    assert fitted(model, ["p"], settings) == dataclasses.replace(settings, micro_batch=11)
+    assert fitted(model, ["p"], settings) == dataclasses.replace(settings, micro_batch=8)  # 16 in as few as fit, equal
+    assert fitted(Limited(7, where), ["p"], settings).micro_batch == 6  # 6 + 6 + 4
     assert model.weight.grad is None
     assert fitted(Limited(999, where), ["p"], settings).micro_batch == 16  # all of an optimiser step's
     assert fitted(model, ["p"], dataclasses.replace(settings, micro_batch=5)).micro_batch == 5  # as the user says
+    assert fitted(Limited(999, where), ["p"], dataclasses.replace(settings, group_size=99)).micro_batch == 50  # of 198
     with pytest.raises(OSError, match="not even one sample fits; add --gradient-checkpointing"):
         fitted(Limited(0, where), ["p"], settings)
 
@@ -84,12 +87,13 @@ def test_a_run_finds_its_micro_batch_once(tmp_path, monkeypatch):
         run("mixture", "pec", tmp_path / name, 1.0, dataclasses.replace(small, **changes), progress=False, resume=True)
         return torch.load(sorted((tmp_path / name).glob("checkpoint-*.pt"))[-1])
 
-    named, other = weights("named", micro_batch=5), weights("other", micro_batch=9)
+    named, other = weights("named", micro_batch=4), weights("other", micro_batch=8)
     monkeypatch.setattr(fit, "fits", lambda model, conditioning, samples, copies: samples <= 5)
-    assert weights("found", micro_batch=0, iterations=2)["micro_batch"] == 5
+    assert weights("found", micro_batch=0, iterations=2)["micro_batch"] == 4
+    assert json.loads((tmp_path / "found" / "run.json").read_text())["settings"]["micro_batch"] == 4
     monkeypatch.setattr(fit, "fits", lambda model, conditioning, samples, copies: samples <= 9)
     found = weights("found", micro_batch=0)
-    assert found["micro_batch"] == 5
+    assert found["micro_batch"] == 4
     assert all(torch.equal(w, named["weights"][name]) for name, w in found["weights"].items())
     assert not all(torch.equal(w, other["weights"][name]) for name, w in found["weights"].items())
 

@@ -106,6 +106,13 @@ def test_all_weights_can_be_trained(world, tmp_path):
     assert (tmp_path / "weights" / "diffusion_pytorch_model.safetensors").exists()
 
 
+def test_weights_in_parts_need_a_micro_batch_before_anything_is_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("ref.train.processes", lambda: 2)
+    with pytest.raises(ValueError, match="weights in parts cannot try out a micro-batch; give --micro-batch"):
+        run("sd35_medium", "pec", tmp_path / "run", options=options(world, "sd3") | dict(lora_rank=0), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_dance_settings_share_the_noise_and_train_the_first_steps(world, tmp_path):
     """flux_dev_720's recipe on the tiny FLUX: one x_0 a group, 60 % of the steps, shift 3."""
     from ref.grpo import start, train
@@ -172,7 +179,7 @@ def test_out_of_memory_names_what_to_lower(tmp_path, monkeypatch):
 
     build = lambda encoder=None: dataclasses.replace(mixture(encoder), reward=greedy)  # noqa: E731
     monkeypatch.setitem(PRESETS, "mixture", (build, PRESETS["mixture"][1]))
-    with pytest.raises(OSError, match="out of memory while training; lower micro_batch"):
+    with pytest.raises(OSError, match="out of memory while training; give a smaller --micro-batch"):
         run("mixture", "pec", tmp_path, progress=False)
 
 

@@ -418,10 +418,12 @@ def test_out_of_memory_says_where_and_what_to_change(folders):
     """A real refusal by the allocator, on the CPU: 2^57 bytes of activations."""
     model = fresh(folders, "flux")
     huge = torch.empty(1, dtype=torch.float32).expand(2**35, *model.latent_shape)
-    with pytest.raises(OSError, match="out of memory in the transformer, 12 tokens an image; lower micro_batch"):
+    with pytest.raises(
+        OSError, match="out of memory in the transformer, 12 tokens an image; give a smaller --micro-batch"
+    ):
         conditioning = {name: value[:1] for name, value in model.encode(PROMPTS).items()}
         model.velocity(huge, torch.tensor(0.5), conditioning)
-    with pytest.raises(OSError, match="out of memory in the VAE; lower decode_batch"):
+    with pytest.raises(OSError, match="out of memory in the VAE; give a smaller --decode-batch"):
         model.decode_batch = None
         model.decode(huge)
 
