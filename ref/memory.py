@@ -1,7 +1,7 @@
 """GPU memory of training SD3.5-Medium and FLUX.1-dev, computed from shapes: no weights, no GPU.
 
     python -m ref.memory                # the presets' image sizes
-    python -m ref.memory 512 1024       # others, in pixels
+    python -m ref.memory 512 1024       # others, in pixels; with --all-weights for full fine-tuning
 
 PyTorch's fake tensors go through the real transformer's forward pass, and every tensor that autograd would
 keep for the backward pass is counted once, as its storage is. For B samples in a micro-batch
@@ -9,7 +9,8 @@ keep for the backward pass is counted once, as its storage is. For B samples in 
     peak = weights + trained + B (kept + block)
 
 weights   transformer and LoRA (the transformer in bfloat16, the VAE's 84 million weights in float32)
-trained   gradients and AdamW's two moments, 12 bytes for each weight of the LoRA
+trained   gradients and AdamW's two moments, 12 bytes for each weight of the LoRA; 16 where all are trained, for
+          then a float32 copy of the weights is made (`weights` is the frozen base), to be divided by the GPUs
 kept      what a forward pass of one sample (two with classifier-free guidance) leaves for the backward pass
 block     with gradient checkpointing: one block's share, computed again; without, it is part of `kept`
 
@@ -58,7 +59,10 @@ def vae():
 
 
 def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> TextToImage:
-    """`sd35_medium` or `flux_dev` for size x size images with its LoRA, on the meta device: shapes alone."""
+    """`sd35_medium` or `flux_dev` for size x size images with its LoRA, on the meta device: shapes alone.
+
+    With rank 0 all weights are trained.
+    """
     adapter, network = {"sd35_medium": (SD3, sd35_medium), "flux_dev": (Flux, flux_dev)}[name]
     before = torch.get_default_dtype()
     with torch.device("meta"):
@@ -67,7 +71,10 @@ def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16)
         torch.set_default_dtype(before)
         parts = transformer, vae()
     model = adapter(*parts, None, None, size=(size, size), guidance_scale=adapter.default_guidance)
-    model.add_lora(rank, 2 * rank)
+    if rank:
+        model.add_lora(rank, 2 * rank)
+    else:
+        model.transformer.requires_grad_(True)
     return model
 
 
@@ -115,10 +122,10 @@ def footprint(model: TextToImage) -> dict[str, float]:
     transformer.disable_gradient_checkpointing()
     everything = kept(model)
     transformer.enable_gradient_checkpointing()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() * (12 if p.dtype == torch.float32 else 16) for p in model.parameters() if p.requires_grad)
     terms = {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "trained": 12 * trained,
+        "trained": trained,
         "kept": kept(model),
         "block": everything / blocks,
         "without": everything,
@@ -129,10 +136,12 @@ def footprint(model: TextToImage) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ref.memory", description=__doc__.splitlines()[0])
     parser.add_argument("pixels", type=int, nargs="*", help="along the sides of the images (default: the presets')")
-    sizes = parser.parse_args(arguments).pixels
+    parser.add_argument("--all-weights", action="store_true", help="full fine-tuning in place of a LoRA (rank 0)")
+    given = parser.parse_args(arguments)
     print("model        size  rank  weights  trained  a sample more: checkpointed, not   peak of 1, 4, 8 checkpointed")
     presets = (("sd35_medium", 512, 32), ("flux_dev", 512, 64), ("flux_dev", 720, 128))
-    for name, size, rank in [(name, size, rank) for name, own, rank in presets for size in sizes or [own]]:
+    rows = [(n, size, 0 if given.all_weights else rank) for n, own, rank in presets for size in given.pixels or [own]]
+    for name, size, rank in dict.fromkeys(rows):
         m = footprint(shaped(name, size, rank))
         each = m["kept"] + m["block"]
         peaks = ", ".join(f"{m['weights'] + m['trained'] + b * each:.1f}" for b in (1, 4, 8))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text().replace("\\\n", " ")
 
 
 def test_the_tenth_method_example_runs(tmp_path, monkeypatch):
@@ -46,3 +46,18 @@ def test_options_in_commands_exist(line):
         main(["--help"])
     options = re.findall(r"(--[\w-]+)", line.split(module, 1)[1].split("#")[0])
     assert set(options) <= set(re.findall(r"--[\w-]+", text.getvalue()))
+
+
+def test_the_memory_tables_say_what_the_presets_do():
+    """README's table and the one in presets.py: every variant's micro-batch, and whether it is checkpointed."""
+    from ref import presets
+
+    for preset, variants in presets.VARIANTS.items():
+        for text, mark in ((README, "with checkpointing"), (presets.__doc__, "ckpt")):
+            cells = re.search(rf"^\| `{preset}`.*GiB.*$", text, re.M)[0].split("|")[-4:-1]
+            for memory, cell in zip((24, 48, 80), cells):
+                if memory not in variants:
+                    assert re.fullmatch(r"none|does not fit", cell.strip())
+                    continue
+                assert int(re.match(r"\s*(\d+)", cell)[1]) == variants[memory]["micro_batch"]
+                assert (mark in cell) == ("gradient_checkpointing" in variants[memory])
