@@ -37,9 +37,9 @@ from ref.fit import fitted
 from ref.grpo import Settings, calibrate_on, start, train, trainable
 from ref.methods import METHODS
 from ref.naive import against_naive, text_encoders
-from ref.presets import PRESETS, VARIANTS, Task, check, settings_of
+from ref.presets import PRESETS, Task, architectures
 from ref.stopwatch import Stopwatch
-from ref.train import OPTIONS, parse
+from ref.train import asked, parse
 
 COMPARED = ("flow_grpo", "pec", "pcvae")
 aten = torch.ops.aten
@@ -197,9 +197,8 @@ def on_paper(sizes: list[int]) -> Iterator[str]:
     from ref.text2image import SD3
 
     yield "preset        pixels   forward  and backward   decode (TFLOP a sample)  images   rollout   update      sum (PFLOP)"
-    for preset, size in [(p, size) for p in VARIANTS for size in sizes or [PRESETS[p][0].keywords.get("height", 512)]]:
-        build, settings = PRESETS[preset]
-        model = shaped(build.keywords["model"], size, build.keywords["lora_rank"])
+    for preset, name, size, rank in architectures(sizes):
+        model, settings = shaped(name, size, rank), PRESETS[preset][1]
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             config, tokens = model.transformer.config, model.default_tokens + 77 * isinstance(model, SD3)
@@ -253,19 +252,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def of_command(own: argparse.Namespace, given: argparse.Namespace) -> dict:
     """`benchmark` of what the command line asks for: its `own` options, and those of ref.train that were `given`."""
-    given = vars(given)
-    preset, options = given["preset"], {name: given[name] for name in OPTIONS if given[name] is not None}
+    options, settings = asked(given)
     if own.threads:
         torch.set_num_threads(own.threads)
-    check(preset, options)
-    changes = {f.name: given[f.name] for f in dataclasses.fields(Settings) if given[f.name] is not None}
-    settings = dataclasses.replace(settings_of(preset, options.get("memory")), **changes)
-    task = PRESETS[preset][0](given["encoder"], **options)
-    naive = (
-        text_encoders(task.model) if own.compare_naive else None
-    )  # they take memory that the trial must not give away
+    task = PRESETS[given.preset][0](given.encoder, **options)
+    # before the trial, which must not give away the memory that the text encoders take
+    naive = text_encoders(task.model) if own.compare_naive else None
     settings = fitted(task.model, task.prompts, settings)
-    return {"preset": preset} | benchmark(task, settings, own.repeats, own.warmup, naive)
+    return {"preset": given.preset} | benchmark(task, settings, own.repeats, own.warmup, naive)
 
 
 if __name__ == "__main__":

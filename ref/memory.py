@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ref.presets import architectures
 from ref.text2image import SD3, Flux, TextToImage
 
 GIB = 2**30
@@ -139,8 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--all-weights", action="store_true", help="full fine-tuning in place of a LoRA (rank 0)")
     given = parser.parse_args(arguments)
     print("model        size  rank  weights  trained  a sample more: checkpointed, not   peak of 1, 4, 8 checkpointed")
-    presets = (("sd35_medium", 512, 32), ("flux_dev", 512, 64), ("flux_dev", 720, 128))
-    rows = [(n, size, 0 if given.all_weights else rank) for n, own, rank in presets for size in given.pixels or [own]]
+    rows = [(name, size, 0 if given.all_weights else rank) for _, name, size, rank in architectures(given.pixels)]
     for name, size, rank in dict.fromkeys(rows):
         m = footprint(shaped(name, size, rank))
         each = m["kept"] + m["block"]

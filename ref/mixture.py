@@ -63,7 +63,8 @@ class GaussianMixture:
     def _parts(self, x: Tensor, t: Tensor | float):
         """t and V_t, numbers or [1, B]; and log w_m - ||x - (1 - t) c_m||^2 / 2 V_t, [M, B].
 
-        A single t, of any kind, is a constant: there is no gradient by it. Samples come last: a softmax along memory's last, short dimension would be ten times slower.
+        A single t, of any kind, is a constant: there is no gradient by it. Samples come last: a softmax
+        along memory's last, short dimension would be ten times slower.
         """
         t = float(t) if torch.as_tensor(t).ndim == 0 else torch.as_tensor(t).to(x).reshape(1, -1)
         variance = (1 - t) ** 2 * self.std**2 + t**2

@@ -25,7 +25,7 @@ PickScore in float32 (3.7 GiB), averaged weights, 1 GiB for CUDA, and a tenth.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -214,6 +214,14 @@ def check(preset: str, options: dict) -> None:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     if options and preset not in VARIANTS:
         raise ValueError(f"preset {preset} takes no {next(iter(options))}; that is for {', '.join(VARIANTS)}")
+
+
+def architectures(sizes: Iterable[int] = ()) -> Iterator[tuple[str, str, int, int]]:
+    """(preset, model, pixels, LoRA rank) of the large presets, for images of `sizes` or of their own size."""
+    for preset in VARIANTS:
+        own = PRESETS[preset][0].keywords
+        for pixels in sizes or [own.get("height", 512)]:
+            yield preset, own["model"], pixels, own["lora_rank"]
 
 
 def settings_of(preset: str, memory: int | None = None) -> Settings:

@@ -8,7 +8,7 @@ scheduler), `clip` and `dino` complete transformers folders. They hold nothing t
 stand for SD3.5-Medium, FLUX.1-dev, PickScore or CLIP, and DINOv2 wherever code rather than images is
 the question: tests, CI, notebook 07 without a GPU. Structure follows the big models where code can
 depend on it: VAE factor 8 and patches of 2, SD3.5's dual attention and query-key norm, FLUX's
-guidance embedding and dynamic shift, 77 CLIP tokens. Images are 64 x 64 (any multiple of 16).
+guidance embedding and dynamic shift, 77 CLIP tokens. Images are 64 x 64 (or other multiples of 16, up to 256 on SD3).
 
 The wide ones are for timings: there arithmetic takes the time, not the starting of small operations.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-WIDTH = 32  # of every transformer here
+WIDTH = 32  # of every transformer here but the wide ones
 WIDE = {  # of SD3.5-Medium and FLUX.1-dev
     "sd3": dict(num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536),
     "flux": dict(num_attention_heads=24, attention_head_dim=128, axes_dims_rope=(16, 56, 56)),

@@ -279,10 +279,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 OPTIONS = {
-    "memory": (
-        int,
-        "of the GPU in GB, 24, 48 or 80: computed settings in place of the largest micro-batch, found by trial",
-    ),
+    "memory": (int, "of the GPU in GB, 24, 48 or 80: computed settings in place of a trial"),
     "model": (str, "a diffusers folder or hub id in place of the preset's"),
     "reward": (str, "what to raise, as rewards.py reads it: pickscore, or pickscore:0.7+ocr:0.3 (default: pickscore)"),
     "prompts": (str, "a .txt or .jsonl file, or train, evaluation or ocr (default: train)"),
@@ -304,14 +301,20 @@ OPTIONS = {
 }
 
 
+def asked(given: argparse.Namespace) -> tuple[dict, Settings]:
+    """The options and settings of a command line that `parse` has read. Raises ValueError where they do not fit."""
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    options = {name: values[name] for name in OPTIONS if name in values}
+    check(given.preset, options)
+    changes = {f.name: values[f.name] for f in dataclasses.fields(Settings) if f.name in values}
+    return options, dataclasses.replace(settings_of(given.preset, options.get("memory")), **changes)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    given = vars(parse(arguments))
-    large = given["preset"] in VARIANTS
-    options = {name: given[name] for name in OPTIONS if given[name] is not None}
+    parsed = parse(arguments)
+    given, large = vars(parsed), parsed.preset in VARIANTS
     try:
-        changes = {f.name: given[f.name] for f in dataclasses.fields(Settings) if given[f.name] is not None}
-        default = settings_of(given["preset"], options.get("memory")) if given["preset"] in PRESETS else Settings()
-        settings = dataclasses.replace(default, **changes)
+        options, settings = asked(parsed)
         every = given["evaluate_every"] if given["evaluate_every"] is not None else 50 * large
         if given["save_every"] < 1:
             raise ValueError(f"save_every must be at least 1, got {given['save_every']}")

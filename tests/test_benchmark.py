@@ -15,7 +15,7 @@ from ref.benchmark import benchmark, flops, main, phase_flops
 from ref.grpo import Settings
 from ref.methods import METHODS
 from ref.naive import against_naive, text_encoders
-from ref.presets import PRESETS, text_to_image
+from ref.presets import PRESETS, VARIANTS, text_to_image
 
 SMALL = dict(groups=2, group_size=6, updates=1, micro_batch=12, steps=4, lr=1e-3)
 
@@ -102,9 +102,7 @@ def test_the_command_writes_json(tmp_path, capsys):
 
 def test_flops_on_paper(monkeypatch, capsys):
     """A preset's own size by default; a guided pass of SD3.5-Medium against a count by hand, a LoRA's few per cent aside."""
-    from ref import benchmark as module
-
-    monkeypatch.setattr(module, "VARIANTS", {"sd35_medium": module.VARIANTS["sd35_medium"]})
+    monkeypatch.setattr("ref.presets.VARIANTS", {"sd35_medium": VARIANTS["sd35_medium"]})
     assert main(["--on-paper"]) == 0
     _, size, forward, both, _, images, rollout, update, total = capsys.readouterr().out.splitlines()[1].split()
     assert (size, images) == ("512", "1152")
