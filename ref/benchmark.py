@@ -52,10 +52,17 @@ ATTENTION_ON_CPU = {  # which torch's own counter leaves out
 
 
 def flops(model, conditioning: dict[str, Tensor], backward: bool = False) -> int:
-    """FLOPs of the velocity of one sample; with `backward` also of its gradient by the trainable weights."""
+    """FLOPs of the velocity of one sample; with `backward` also of its gradient by the trainable weights.
+
+    Compiled blocks are counted uncompiled: the counter cannot look into them.
+    """
     x = torch.zeros(1, *model.latent_shape, device=next(iter(conditioning.values())).device)
     sigma, weights = torch.tensor(0.5), list(trainable(model).values())
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter, torch.set_grad_enabled(backward):
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter,
+        torch.set_grad_enabled(backward),
+    ):
         velocity = model.velocity(x, sigma, conditioning)
         if backward:
             torch.autograd.grad(velocity.sum(), weights, allow_unused=True)

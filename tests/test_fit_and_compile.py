@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ref import digits, tiny
+from ref.benchmark import flops
 from ref.fit import fits, fitted, largest
 from ref.grpo import Settings, train, trainable
 from ref.methods import METHODS
@@ -179,6 +180,8 @@ def test_compiled_blocks_keep_the_ratio_exactly_one(kind, micro_batch, checkpoin
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
     assert fitted(model, PROMPTS, dataclasses.replace(settings, micro_batch=0)).micro_batch == 6
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # trials compile nothing
+    plain, one = load(folder, PROMPTS, 32, 32, **options), {key: value[:1] for key, value in conditioning.items()}
+    assert flops(model, one, backward=True) == flops(plain, one, backward=True) > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # trials and counts compile nothing
     blocks = [m for m in model.transformer.modules() if type(m).__name__ in model.transformer._no_split_modules]
     assert blocks and all(m._compiled_call_impl is not None for m in blocks)
