@@ -33,9 +33,11 @@ import torch
 
 from ref import figures
 from ref.entropy import knn_entropy, path_entropy
-from ref.grpo import Settings, sample, train
+from ref.grpo import train
+from ref.sampling import sample
+from ref.settings import Settings
 from ref.methods import METHODS
-from ref.mixture import GaussianMixture, MixtureFlow, coordinates, ring, tilted
+from ref.worlds.mixture import GaussianMixture, MixtureFlow, coordinates, ring, tilted
 
 FAST = os.environ.get("REF_FAST") == "1"
 torch.set_num_threads(1)

@@ -31,9 +31,10 @@ import os
 import torch
 
 from ref import figures
-from ref.grpo import Settings, train
+from ref.grpo import train
+from ref.settings import Settings
 from ref.methods import METHODS
-from ref.mixture import MixtureFlow, coordinates, effective_modes, flat, replicator, ring, tilted
+from ref.worlds.mixture import MixtureFlow, coordinates, effective_modes, flat, replicator, ring, tilted
 
 FAST = os.environ.get("REF_FAST") == "1"
 torch.set_num_threads(1)

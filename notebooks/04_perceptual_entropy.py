@@ -31,8 +31,10 @@ import subprocess
 import torch
 from IPython.display import display
 
-from ref import figures, mixture
-from ref.grpo import Settings, advantages, start, train
+from ref import figures
+from ref.worlds import mixture
+from ref.grpo import advantages, start, train
+from ref.settings import Settings
 from ref.methods import METHODS
 from ref.perceptual import calibrate, deviations, fit_entropy_law, perceptual_entropy, perceptual_log_prob
 

@@ -32,9 +32,12 @@ from pathlib import Path
 import torch
 from IPython.display import Markdown, display
 
-from ref import figures, mixture, two_modes
+from ref import figures
+from ref.worlds import mixture, two_modes
 from ref.compare import twin
-from ref.grpo import Settings, sample, start, train
+from ref.grpo import start, train
+from ref.sampling import sample
+from ref.settings import Settings
 from ref.methods import METHODS, PEC, FlowGRPO
 from ref.metrics import feature_variance
 

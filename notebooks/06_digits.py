@@ -36,8 +36,11 @@ import torch
 
 warnings.filterwarnings("ignore", "IProgress not found")
 
-from ref import digits, figures
-from ref.grpo import Settings, sample, train
+from ref import figures
+from ref.worlds import digits
+from ref.grpo import train
+from ref.sampling import sample
+from ref.settings import Settings
 from ref.methods import METHODS
 from ref.metrics import feature_variance
 from ref.perceptual import fit_entropy_law

@@ -49,12 +49,15 @@ import torch
 import transformers
 from IPython.display import Markdown, display
 
-from ref import evaluate, figures, memory, presets, tiny
-from ref.encoders import load_encoder
-from ref.grpo import sample
-from ref.pipelines import locate
-from ref.presets import PRESETS, VARIANTS, read_prompts, settings_of
-from ref.stopwatch import Stopwatch
+from ref import evaluate, figures, presets
+from ref.benchmark import memory
+from ref.models import tiny
+from ref.scoring.encoders import load_encoder
+from ref.sampling import sample
+from ref.models.hub import locate
+from ref.models.prompts import read_prompts
+from ref.presets import PRESETS, VARIANTS, settings_of
+from ref.scale.stopwatch import Stopwatch
 from ref.train import run
 
 DRY = FAST or not torch.cuda.is_available()

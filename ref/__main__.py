@@ -4,14 +4,21 @@ Fine-tunes the same small SD3 with Flow-GRPO, PEC and PCVAE and shows what becam
 A run that is already in the output folder is continued or, when finished, not repeated.
 """
 
-import argparse
-import dataclasses
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-from ref import digits, figures
-from ref.train import PRESETS, run, write_json
+from annotated_types import Ge, Le
+
+from ref import figures
+from ref.options import Options, command, read
+from ref.presets import PRESETS
+from ref.scale.directory import write_json
+from ref.settings import in_one_line
+from ref.train import run
+from ref.worlds import digits
 
 RUNS = {"flow_grpo": None, "pec": 1.0, "pcvae": 0.5}  # method -> lambda
 
@@ -39,22 +46,19 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in [head, *body])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ref", description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/digits"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=PRESETS["digits"][1].iterations)
-    options = parser.parse_args(arguments)
-    try:
-        return story(options.output_dir, options.seed, options.iterations)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@in_one_line
+class Story(Options):
+    """The paper's story on handwritten digits, in a few minutes on a laptop."""
+
+    output_dir: Path = Path("outputs/digits")  # runs in it are continued or, when finished, not repeated
+    seed: int = 0  # of the runs
+    iterations: Annotated[int, Ge(0), Le(10**6)] = PRESETS["digits"].settings.iterations  # of each run
 
 
-def story(folder: Path, seed: int, iterations: int) -> int:
-    began = time.perf_counter()
-    settings = dataclasses.replace(PRESETS["digits"][1], seed=seed, iterations=iterations)
+def story(arguments: list[str] | None) -> None:
+    given, began = read(Story, "ref", arguments), time.perf_counter()
+    folder = given.output_dir
+    settings = replace(PRESETS["digits"].settings, seed=given.seed, iterations=given.iterations)
     rows, histories, images = {}, {}, {}
     for method, weight in RUNS.items():
         result = run("digits", method, folder / method, weight, settings, resume=True)
@@ -78,7 +82,10 @@ def story(folder: Path, seed: int, iterations: int) -> int:
     figures.entropy_paradox(histories["flow_grpo"]).savefig(folder / "paradox.png")
     write_json(folder / "metrics.json", rows)
     print(f"\n{time.perf_counter() - began:.0f} s; figures, metrics and weights in {folder}/")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command(story, arguments)
 
 
 if __name__ == "__main__":

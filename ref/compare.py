@@ -11,10 +11,10 @@ finished runs are read, broken ones continued. It writes
     runs.csv                       a line for each run, and for the base model
     table.md, table.tex, table.csv table 1's twin: mean ± standard deviation over seeds, Norm.Avg, Overall
     front.png                      reward against diversity, with confidence ellipses
- Each job uses one CPU thread.
+
+Each job uses one CPU thread.
 """
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -24,13 +24,20 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
+from pydantic import Field
 
 from ref import figures
 from ref.methods import METHODS
 from ref.metrics import normalized_average, table
-from ref.train import PRESETS, run, write_json
+from ref.options import Options, command, read
+from ref.presets import PRESETS
+from ref.scale.directory import write_json
+from ref.settings import in_one_line
+from ref.train import run
 
 # Quality and diversity columns with their formats; higher is better. The judge, and the spaces other
 # than the run's own phi, are seen by nothing in training.
@@ -74,7 +81,7 @@ def one(preset: str, spec: str, seed: int, folder: Path, iterations: int | None 
     done = folder / "summary.json"
     if done.exists():  # a change of --iterations needs another --output-dir
         return json.loads(done.read_text())
-    settings = dataclasses.replace(PRESETS[preset][1], seed=seed)
+    settings = dataclasses.replace(PRESETS[preset].settings, seed=seed)
     settings = dataclasses.replace(settings, iterations=iterations or settings.iterations)
     result = run(preset, output_dir=folder, settings=settings, resume=True, progress=False, **chosen)
     entropy = {round(m["policy_entropy"], 12) for m in result["history"]}
@@ -125,25 +132,22 @@ def front(runs: list[dict], column: str = "feature_variance") -> dict:
     return {kind: [point for _, *point in sorted(rows)] for kind, rows in points.items()}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ref.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="digits", choices=PRESETS)
-    parser.add_argument(
-        "--runs", nargs="+", default=["flow_grpo", "pec:1", "pcvae:1"], help="METHOD[@SPACE][/ENCODER][:WEIGHT] ..."
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. n-1 (default: 5)")
-    parser.add_argument("--iterations", type=int, help="length of a run (default: the preset's)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/compare"))
-    options = parser.parse_args(arguments)
-    try:
-        for spec in options.runs:
-            parse(spec)
-        if options.seeds < 1 or options.jobs < 1:
-            raise ValueError(f"--seeds and --jobs must be at least 1, got {options.seeds} and {options.jobs}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@in_one_line
+class Comparison(Options):
+    """Many runs, one table: methods x weights x seeds, summarised as mean ± spread."""
+
+    preset: Literal[tuple(COLUMNS)] = "digits"  # what is trained on what
+    runs: list[str] = Field(["flow_grpo", "pec:1", "pcvae:1"], min_length=1)  # METHOD[@SPACE][/ENCODER][:WEIGHT] ...
+    seeds: Annotated[int, Ge(1), Le(1000)] = 5  # seeds 0 .. n-1
+    iterations: Annotated[int, Ge(0), Le(10**6)] | None = None  # length of a run (None: the preset's)
+    jobs: Annotated[int, Ge(1), Le(1024)] = 1  # runs at a time, one CPU thread each
+    output_dir: Path = Path("outputs/compare")  # finished runs in it are not repeated
+
+
+def compare(arguments: list[str] | None) -> None:
+    options = read(Comparison, "ref.compare", arguments)
+    for spec in options.runs:
+        parse(spec)
     from tqdm import tqdm
 
     results = []
@@ -156,10 +160,9 @@ def main(arguments: list[str] | None = None) -> int:
         for job in tqdm(jobs, desc="runs"):
             try:
                 results.append(job.result())
-            except (ValueError, OSError) as error:
+            except BaseException:
                 pool.shutdown(cancel_futures=True)
-                print(f"error: {error}", file=sys.stderr)
-                return 2
+                raise
     rows = [{"run": "base", "seed": "", "policy_entropy_values": "", "seconds": "", **results[0]["base"]}]
     rows += sorted((r["row"] for r in results), key=lambda row: (options.runs.index(row["run"]), row["seed"]))
     with (options.output_dir / "runs.csv").open("w", newline="") as file:
@@ -170,7 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
         (options.output_dir / name).write_text(twin(rows, options.preset, form) + "\n")
     print((options.output_dir / "table.md").read_text())
     figures.reward_diversity_front(front(rows)).savefig(options.output_dir / "front.png")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command(compare, arguments)
 
 
 if __name__ == "__main__":

@@ -17,24 +17,28 @@ out. The paper prints DINO and CLIP distances on another scale (a reading: featu
 normalised), so its rows and these do not belong into one table.
 """
 
-import argparse
 import csv
 import io
 import math
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
+from pydantic import Field
 from torch import Tensor
 
 from ref import metrics
-from ref.checkpoint import atomic_write
-from ref.encoders import load_encoder
-from ref.grpo import checked
-from ref.layout import generator_for
-from ref.pipelines import hub_errors, locate, out_of_memory
-from ref.presets import read_prompts
-from ref.rewards import load_reward
+from ref.models.hub import hub_errors, locate
+from ref.models.prompts import read_prompts
+from ref.options import Options, Pixels, command, read
+from ref.sampling import checked, generator_for
+from ref.scale.checkpoint import atomic_write
+from ref.scale.memory import out_of_memory
+from ref.scoring.encoders import load_encoder
+from ref.scoring.load import load_reward
+from ref.settings import in_one_line
 
 REWARDS = {  # name in rewards.py -> column
     "pickscore": "pickscore",
@@ -153,35 +157,32 @@ def save_images(folder: Path, number: int, images: Tensor) -> None:
         save_image(image, folder / f"{number:04d}-{k}.png")
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ref.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a diffusers folder or hub id")
-    parser.add_argument("--lora", help="folder of LoRA weights, as ref.train saves it")
-    parser.add_argument("--name", help="of the row (default: the model's)")
-    parser.add_argument("--prompts", default="evaluation", help=".txt or .jsonl file (default: the evaluation set)")
-    parser.add_argument("--images-per-prompt", type=int, default=8, help="K (default: 8)")
-    parser.add_argument(
-        "--rewards", nargs="*", default=["pickscore", "aesthetic", "image_reward", "clip_score", "hpsv2"]
-    )
-    parser.add_argument("--encoders", nargs="*", default=["dino", "clip", "pickscore"], help="spaces of diversity")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")
-    parser.add_argument("--guidance-scale", type=float, help="(default: the pipeline's)")
-    parser.add_argument("--height", type=int, help="in pixels (default: the pipeline's)")
-    parser.add_argument("--width", type=int, help="in pixels (default: the pipeline's)")
-    parser.add_argument("--batch", type=int, default=4, help="images at once (default: 4)")
-    parser.add_argument("--images", type=Path, help="folder for the images as PNG")
-    parser.add_argument("--output", type=Path, help="the row as CSV (default: standard output)")
-    parser.add_argument("--table", nargs="+", type=Path, metavar="CSV", help="build the table of these rows instead")
-    parser.add_argument("--form", default="markdown", choices=("markdown", "latex", "csv"), help="of the table")
-    return parser.parse_args(arguments)
+@in_one_line
+class Evaluation(Options):
+    """A row of tables 1 and 2 for any text-to-image pipeline of diffusers, or the table of many rows."""
+
+    model: str | None = None  # a diffusers folder or hub id
+    lora: str | None = None  # folder of LoRA weights, as ref.train saves it
+    name: str | None = None  # of the row (None: the model's)
+    prompts: str = "evaluation"  # .txt or .jsonl file, or train, evaluation or ocr
+    images_per_prompt: Annotated[int, Ge(2), Le(10**4)] = 8  # K; one image has no diversity
+    rewards: list[str] = Field(["pickscore", "aesthetic", "image_reward", "clip_score", "hpsv2"])  # of quality
+    encoders: list[str] = Field(["dino", "clip", "pickscore"])  # spaces of diversity
+    steps: Annotated[int, Ge(1), Le(1000)] | None = None  # denoising steps (None: the pipeline's)
+    guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None  # (None: the pipeline's)
+    height: Pixels | None = None  # in pixels (None: the pipeline's)
+    width: Pixels | None = None  # in pixels (None: the pipeline's)
+    batch: Annotated[int, Ge(1), Le(10**4)] = 4  # images at once
+    images: Path | None = None  # folder for the images as PNG
+    output: Path | None = None  # the row as CSV (None: standard output)
+    table: list[Path] = Field([])  # build the table of these rows instead
+    form: Literal["markdown", "latex", "csv"] = "markdown"  # of the table
 
 
-def row(options: argparse.Namespace) -> dict:
+def row(options: Evaluation) -> dict:
     """Load everything, draw, score. Raises ValueError or OSError with one clear line."""
     if not options.model:
         raise ValueError("give --model, or --table with rows to put together")
-    if options.images_per_prompt < 2 or options.batch < 1:
-        raise ValueError("images-per-prompt must be at least 2 (one image has no diversity), batch at least 1")
     prompts = read_prompts(options.prompts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {name.partition("=")[0]: load_encoder(name, device) for name in options.encoders}
@@ -203,27 +204,26 @@ def row(options: argparse.Namespace) -> dict:
     }
 
 
+def evaluate_as_asked(arguments: list[str] | None) -> None:
+    options = read(Evaluation, "ref.evaluate", arguments)
+    if options.table:
+        print(table(read_rows(options.table), options.form))
+        return
+    with out_of_memory("while evaluating", "lower --batch, or give smaller --height and --width"):
+        values = row(options)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, values.keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(values)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(options.output, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+    else:
+        print(text.getvalue(), end="")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        if options.table:
-            print(table(read_rows(options.table), options.form))
-            return 0
-        with out_of_memory("while evaluating", "lower --batch, or give smaller --height and --width"):
-            values = row(options)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, values.keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(values)
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(options.output, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
-        else:
-            print(text.getvalue(), end="")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(evaluate_as_asked, arguments)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,14 @@ def curve(axis, values: list[float], color: str, label: str | None = None, **sty
     axis.plot(steps, smooth(values), color=color, lw=1.8, label=label, **style)
 
 
+def circle(axis, centre: Tensor, radius: float, **style) -> None:
+    """A circle in data coordinates."""
+    import numpy as np
+
+    angle = np.linspace(0, 2 * np.pi, 200)
+    axis.plot(float(centre[0]) + radius * np.cos(angle), float(centre[1]) + radius * np.sin(angle), **style)
+
+
 def image_grid(
     rows: dict[str, Tensor], columns: int = 10, title: str | None = None, upscale: str = "bicubic"
 ) -> Figure:
@@ -229,147 +237,6 @@ def reward_diversity_front(points: dict[str, list[tuple[str, list[float], list[f
     return figure
 
 
-def rivers(flows: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], modes: Tensor | None = None) -> Figure:
-    """One-dimensional flows from noise (left) to data (right): the density as a river, paths on it.
-
-    flows: title -> (sigmas [N+1], paths [N+1, n], grid [Y], density [N+1, Y]). Paths take the colour of the
-    nearest of `modes` [M] at their end.
-    """
-    figure, axes = panels(1, len(flows), width=4.6, height=3.4, sharey=True, squeeze=False)
-    colors = ["#c44e52", "#4c72b0", "#55a868", "#8172b3", "#dd8452", "#937860"]
-    for axis, (title, (sigmas, paths, grid, density)) in zip(axes[0], flows.items()):
-        time = (1 - sigmas).tolist()
-        peak = density / density.amax(1, keepdim=True)
-        axis.pcolormesh(time, grid, peak.T, cmap="Greys", vmin=0, vmax=1.6, shading="gouraud", rasterized=True)
-        ends = paths[-1]
-        nearest = (ends[:, None] - modes).abs().argmin(1) if modes is not None else ends.new_zeros(len(ends)).long()
-        for path, m in zip(paths.T, nearest.tolist()):
-            axis.plot(time, path, color=colors[m % len(colors)], lw=0.9, alpha=0.75)
-        axis.set(
-            title=title, xlabel="$1-\\sigma$  (noise $\\to$ data)", xlim=(time[0], time[-1]), ylim=(grid[0], grid[-1])
-        )
-    axes[0, 0].set_ylabel("$x$")
-    return figure
-
-
-def entropy_ledger(
-    iterations: list[int], image: list[float], path: list[float], total: float, estimate: tuple | None = None
-) -> Figure:
-    """P02 as a ledger: nats in the image's law, nats in the path given the image; their sum cannot move.
-
-    image, path: H(x_{N-1}) and H(path | x_{N-1}) at `iterations`; total: the closed form; estimate: kNN's
-    (iterations, values) of the first. Only the boundary's *shift* means something: differential entropies
-    have no natural zero, so the axis starts below the smallest image entropy.
-    """
-    figure, axis = panels(1, 1, width=6.4, height=3.8)
-    floor = min(0.0, min(image) - 0.3)
-    axis.fill_between(iterations, [floor] * len(image), image, color="#c44e52", alpha=0.75, lw=0)
-    axis.fill_between(iterations, image, [a + b for a, b in zip(image, path)], color="#4c72b0", alpha=0.55, lw=0)
-    axis.axhline(total, color="black", lw=2)
-    axis.annotate(
-        "path entropy, closed form: no $\\theta$ in it",
-        (iterations[0], total),
-        xytext=(6, 6),
-        textcoords="offset points",
-    )
-    middle = len(iterations) * 2 // 3
-    axis.text(iterations[middle], (floor + image[middle]) / 2, "which image", ha="center", va="center", color="white")
-    axis.text(
-        iterations[middle], (total + image[middle]) / 2, "which path to it", ha="center", va="center", color="white"
-    )
-    if estimate is not None:
-        axis.plot(*estimate, "o", ms=4, color="black", mfc="white", label="kNN estimate from samples")
-        axis.legend(frameon=False, loc="lower left")
-    axis.set(
-        xlabel="iteration",
-        ylabel="nats",
-        ylim=(floor, total + 0.12 * (total - floor)),
-        xlim=(iterations[0], iterations[-1]),
-    )
-    return figure
-
-
-def modes_dying(
-    snapshots: dict[int, Tensor], centres: Tensor, reward: Tensor, trained: Tensor, theory: Tensor | None = None
-) -> Figure:
-    """Where modes die: samples [n, 2] at some iterations, and the share of every mode over training.
-
-    centres [M, 2], reward [M]; trained [T, M] occupancies, theory [T, M] the replicator's at equal mean reward.
-    Modes are coloured by reward, dark for poor and bright for rich.
-    """
-    from matplotlib import colormaps
-
-    palette = colormaps["viridis"]((reward - reward.min()) / (reward.max() - reward.min()).clamp_min(1e-9))
-    figure = panels(1, 1)[0]
-    figure.clear()
-    figure.set_size_inches(11, 5.6)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.05, 1))
-    limit = 1.85 * centres.abs().max().item()
-    for axis, (iteration, x) in zip(top.subplots(1, len(snapshots)), snapshots.items()):
-        nearest = (x[:, None] - centres).square().sum(-1).argmin(1)
-        axis.scatter(*x.T, s=5, c=palette[nearest.numpy()], alpha=0.7, lw=0)
-        axis.scatter(*centres.T, marker="+", color="black", s=30, lw=0.8)
-        for c, r in zip(1.4 * centres, reward):
-            axis.text(*c, f"{r:.1f}", ha="center", va="center", fontsize=8, color="#555555")
-        axis.set(
-            xlim=(-limit, limit),
-            ylim=(-limit, limit),
-            xticks=[],
-            yticks=[],
-            aspect="equal",
-            title=f"iteration {iteration}",
-        )
-        axis.spines[:].set_visible(False)
-    shares = {"trained: share of each mode": trained} | ({} if theory is None else {"replicator at equal E[R]": theory})
-    for axis, (title, share) in zip(bottom.subplots(1, len(shares), sharey=True, squeeze=False)[0], shares.items()):
-        order = reward.argsort()
-        axis.stackplot(range(1, len(share) + 1), share[:, order].T, colors=palette[order.numpy()], lw=0)
-        axis.set(title=title, xlabel="iteration", xlim=(1, len(share)), ylim=(0, 1))
-    return figure
-
-
-def modes_left(runs: dict[str, list[list[float]]], modes: int) -> Figure:
-    """Effective number of modes over training; each label holds one curve a seed."""
-    figure, axis = panels(1, 1, width=5.2, height=3.2)
-    for (label, curves), color in zip(runs.items(), ("#4c72b0", "#c44e52", "#55a868", "#8172b3")):
-        for n, values in enumerate(curves):
-            curve(axis, values, color, label if n == 0 else None)
-    axis.axhline(modes, color="#7f7f7f", lw=0.8, ls=":")
-    axis.set(xlabel="iteration", ylabel="effective modes", ylim=(0.8, 1.12 * modes))
-    axis.legend(frameon=False)
-    return figure
-
-
-# ---------------------------------------------------------------- perceptual entropy, PEC and PCVAE
-
-
-def perceptual_gaussian(groups: dict[str, Tensor], bandwidth: float) -> Figure:
-    """What H_perc sees: each labelled group [K, 2] with its mean, its root-mean-square circle, and the ruler h."""
-    from ref.perceptual import deviations, perceptual_entropy
-
-    figure, axes = panels(1, len(groups), width=3.0, height=3.4, sharex=True, sharey=True)
-    for axis, (label, phi) in zip(axes, groups.items()):
-        mean, v = phi.mean(0), deviations(phi[None]).square().sum(-1).mean().item()
-        H = perceptual_entropy(phi[None], bandwidth, "mean").item()
-        circle(axis, mean, v**0.5, color="#4c72b0", lw=2, label="spread $\\sqrt{v}$")
-        circle(axis, mean, bandwidth * 2**0.5, color="#7f7f7f", lw=1.2, ls="--", label="ruler $h\\sqrt{D}$")
-        axis.scatter(*phi.T, s=16, color="#c44e52", alpha=0.7, lw=0)
-        axis.scatter(*mean, s=90, marker="+", color="black", label="group mean")
-        axis.set(
-            title=f"{label}\n$v$ = {v:.2f},  $\\mathcal{{H}}_{{perc}}$ = {H:.2f}", aspect="equal", xticks=[], yticks=[]
-        )
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
-    return figure
-
-
-def circle(axis, centre: Tensor, radius: float, **style) -> None:
-    """A circle in data coordinates."""
-    import numpy as np
-
-    angle = np.linspace(0, 2 * np.pi, 200)
-    axis.plot(float(centre[0]) + radius * np.cos(angle), float(centre[1]) + radius * np.sin(angle), **style)
-
-
 def entropy_law(histories: list[list[dict]], block: int = 20, draws: int = 400, title: str = "", exact=None) -> Figure:
     """Figure 3: (a) reward and H_perc over training, (b) the law R = -a exp(H) + b with R^2 and a 95 % band.
 
@@ -429,71 +296,3 @@ def kl_comparison(naive: list[dict], as_reward: list[dict], without: list[dict])
     for axis in (reward, entropy, both):
         axis.legend(frameon=False, fontsize=8)
     return figure
-
-
-def critical_lambda_curve(
-    curves: dict[str, tuple[list[float], list[float], dict[float, list[float]]]], critical: float
-) -> Figure:
-    """P11: the better mode's share p* over lambda, predicted (line) and trained (a dot for each seed).
-
-    curves: label -> (lambdas, predicted p*, measured: a list of seeds for each lambda).
-    """
-    figure, axis = panels(1, 1, width=6.6, height=4.2)
-    low, colors = min(min(c[0]) for c in curves.values()), ("#4c72b0", "#dd8452", "#55a868")
-    axis.axvspan(low, critical, color="#c44e52", alpha=0.10, lw=0)
-    axis.axvline(critical, color="#c44e52", lw=1)
-    axis.text(critical, 0.52, f"  $\\lambda_c$ = {critical:.3f}", color="#c44e52")
-    axis.text((low + critical) / 2, 0.70, "one mode\ndies", ha="center", color="#c44e52")
-    axis.text(critical, 1.0, "  both modes live", va="center", color="#333333")
-    for color, (label, (weights, shares, measured)) in zip(colors, curves.items()):
-        axis.plot(weights, shares, color=color, lw=2, label=f"predicted, {label}")
-        dots = [(w, share) for w, seeds in measured.items() for share in seeds]
-        axis.scatter(*zip(*dots), s=30, color=color, edgecolor="black", lw=0.6, zorder=3, label=f"trained, {label}")
-    axis.set(xlabel="PEC weight $\\lambda$", ylabel="share of the better mode, $p^*$", ylim=(0.48, 1.03))
-    axis.legend(frameon=False, loc="upper right", fontsize=9)
-    return figure
-
-
-def runaway(radius: dict[str, list[float]]) -> Figure:
-    """Mean distance of the samples from the origin over training, on a logarithmic scale; a line for each setting."""
-    figure, axis = panels(1, 1, width=6.6, height=3.4)
-    for color, (label, values) in zip(("#c44e52", "#dd8452", "#4c72b0", "#55a868"), radius.items()):
-        axis.semilogy(range(1, len(values) + 1), values, color=color, lw=2, label=label)
-    axis.set(xlabel="iteration", ylabel="mean radius of the samples", ylim=(None, 50 * max(map(max, radius.values()))))
-    axis.legend(frameon=False, fontsize=9)
-    return figure
-
-
-def particles(clouds: dict[str, Tensor], centres: Tensor, value: Tensor | None = None, limit: float = 3.0) -> Figure:
-    """Samples [n, 2] of several labelled models over the modes' centres [M, 2], each ring as dark as its reward."""
-    import numpy as np
-
-    figure, axes = panels(1, len(clouds), width=2.9, height=3.3, sharex=True, sharey=True, squeeze=False)
-    value = None if value is None else ((value - value.min()) / (value.max() - value.min())).numpy()
-    for axis, (label, x) in zip(axes[0], clouds.items()):
-        shade = "0.6" if value is None else [str(s) for s in 0.75 - 0.75 * value]
-        axis.scatter(*centres.T, s=520, facecolor="none", edgecolor=shade, lw=1.6)
-        x = x.detach().cpu().numpy()
-        keep = np.abs(x).max(1) < limit
-        axis.scatter(*x[keep].T, s=4, color="#c44e52", alpha=0.35, lw=0)
-        axis.set(title=label, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    return figure
-
-
-def movie(frames: list[Figure], seconds: float = 6.0) -> bytes:
-    """An animated GIF of figures of one size; show it with `IPython.display.Image(data, format="gif")`."""
-    from io import BytesIO
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    pictures, buffer = [], BytesIO()
-    for figure in frames:
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        picture = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
-        pictures.append(picture.quantize(32))
-    pace = [int(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [1500]  # rest on the last frame
-    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=pace, loop=0)
-    return buffer.getvalue()

@@ -35,11 +35,13 @@ x_hat = x - sigma v, eps_hat = x + (1 - sigma) v and sigma' = sigma_{i+1}.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-KINDS = ("flow_sde", "dance_sde", "cps")
+Kind = Literal["flow_sde", "dance_sde", "cps"]
+KINDS = get_args(Kind)
 
 
 def time_grid(steps: int, shift: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:

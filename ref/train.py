@@ -1,13 +1,13 @@
 """The command: one fine-tuning run from a preset, with checkpoints, exact resume and evaluation.
 
     python -m ref.train --preset digits --method pec --weight 1.0 --output-dir outputs/pec
-    python -m ref.train --preset digits --method pec --weight 1.0 --output-dir outputs/pec --resume
+    python -m ref.train --output-dir outputs/pec --resume
     python -m ref.train --preset sd35_medium --memory 24 --method pec --output-dir outputs/sd35
     accelerate launch --num_processes 8 -m ref.train --preset flux_dev --method pcvae --output-dir outputs/flux
 
 An output directory holds
 
-    run.json              preset, method, weight, options and settings; a directory belongs to one run
+    run.json              preset, method, weight, options and settings; `--resume` reads it, nothing is repeated
     checkpoint-*.pt       the last two checkpoints; SIGTERM writes one more and ends with exit code 0
     metrics.json          `State.metrics` of every iteration up to the newest checkpoint; where there was an
                           evaluation, its numbers too, with `eval_` before their names
@@ -21,78 +21,87 @@ averaged weights where `ema` keeps such.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
+from tyro import MISSING
+from tyro.conf import OmitArgPrefixes
 
-from ref import checkpoint, metrics
-from ref.card import model_card
-from ref.fit import fitted, refuse_in_parts
-from ref.grpo import Settings, calibrate_on, sample, scores, start, train
-from ref.layout import deal_padded, over_processes, processes, rank
-from ref.methods import METHODS
-from ref.perceptual import perceptual_entropy
-from ref.pipelines import out_of_memory
-from ref.presets import PRESETS, VARIANTS, Task, check, settings_of
+from ref.grpo import calibrate_on, start, train
+from ref.methods import METHODS, SPACES
+from ref.models.card import model_card
+from ref.options import Options, Pipeline, command, read
+from ref.presets import LARGE, PRESETS
+from ref.scale import checkpoint
+from ref.scale.directory import claim, save_grid, write_json
+from ref.scale.memory import out_of_memory
+from ref.scale.microbatch import fitted, refuse_in_parts
+from ref.scale.processes import over_processes, processes, rank
+from ref.settings import Settings, in_one_line
 
-# What a resumed run may have otherwise: its length, and what moves memory and time, or roundings at most.
-MAY_CHANGE = ("iterations", "micro_batch", "memory", "gradient_checkpointing", "tiling", "decode_batch", "cache_dir")
 TRACKERS = ("none", "tensorboard", "wandb")
 
 
-def evaluate(task: Task, settings: Settings, bandwidth: float) -> tuple[dict, torch.Tensor]:
-    """Quality and diversity of the model as it stands, and the images [G K, ...]: ODE samples of every prompt.
+@in_one_line
+class Work(Options):
+    """What is trained, with which settings. `Run` adds towards what end; the benchmark adds nothing."""
 
-    The noise is that of seed 0 whatever the run's seed, so rows of a table differ by their models alone.
+    preset: Literal[tuple(PRESETS)]  # what is trained on what
+    encoder: str | None = None  # the perceptual encoder phi, one of the preset's (None: its first)
+    options: OmitArgPrefixes[Pipeline] = Pipeline()
+    settings: OmitArgPrefixes[Settings] = Settings()
+
+
+@in_one_line
+class Run(Work):
+    """One fine-tuning run from a preset. With --resume what is not given is read from the directory's run.json."""
+
+    method: Literal[tuple(METHODS)]  # what is added to the reward or the loss
+    weight: Annotated[float, Ge(0)] | None = None  # lambda (None: the method's own)
+    space: Literal[SPACES] | None = None  # whose entropy the method looks at (None: the method's own)
+    output_dir: Path  # a directory belongs to one run
+    resume: bool = False  # continue the run in --output-dir
+    save_every: Annotated[int, Ge(1), Le(10**6)] = 20  # iterations between checkpoints
+    evaluate_every: Annotated[int, Ge(0), Le(10**6)] | None = None  # 0: before and after only (None: 50; 0 on toys)
+    log_with: Literal[TRACKERS] | None = None  # (None: tensorboard; none on toys)
+
+
+def asked(declared: type[Work], program: str, arguments: list[str] | None) -> Work:
+    """What a command line asks for, where it is silent the preset's, or with --resume the directory's run.json.
+
+    Raises ValueError for a preset without a variant for --memory, or without the options that are given.
     """
-    steps = task.evaluation_steps or settings.steps
-    schedule = task.model.schedule(steps, kind=settings.kind, noise_level=settings.noise_level).ode()
-    prompts, K = task.evaluation or task.prompts, task.images_per_prompt
-    share = deal_padded(len(prompts))
-    layout = list(torch.arange(len(share.mine) * K).split(settings.micro_batch))
-    own = sample(task.model, [prompts[g] for g in share.mine], K, schedule, ("evaluate",), layout, share.mine)
-    reward = scores(task.reward, own, share, own.images, own.prompts)
-    phi = scores(task.encoder, own, share, own.images)
-    images, latents = (share.gather(v.unflatten(0, (-1, K))) for v in (own.images, own.latents))
-    repeated = [p for p in prompts for _ in range(K)]
-    return {
-        "reward": reward.mean().item(),
-        "perceptual_entropy": perceptual_entropy(phi, bandwidth, "mean").mean().item(),
-        "feature_variance": metrics.feature_variance(phi).mean().item(),
-        "pairwise_distance": metrics.mean_pairwise_distance(phi).mean().item(),
-        "vendi_score": metrics.vendi_score(phi).mean().item(),
-        "vae_variance": metrics.feature_variance(latents.flatten(2)).mean().item(),
-        "pixel_variance": metrics.feature_variance(images.flatten(2)).mean().item(),
-    } | {name: f(images.flatten(0, 1), repeated) for name, f in task.measures.items()}, images.flatten(0, 1)
-
-
-def write_json(path: Path, value) -> None:
-    checkpoint.atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def claim_directory(folder: Path, description: dict, resume: bool) -> None:
-    """Make `folder` this run's, or raise ValueError when it holds another run."""
-    record = folder / "run.json"
-    if not record.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        return write_json(record, description)
-    if not resume:
-        raise ValueError(f"{folder} holds a run already; continue it with --resume or choose another --output-dir")
-    before, now = json.loads(record.read_text()), dict(description)
-    old = before | before.pop("settings") | before.pop("options", {})
-    new = now | now.pop("settings") | now.pop("options", {})
-    for k in dict.fromkeys([*new, *old]):
-        known = k in old or k in OPTIONS  # a directory of an earlier version knows fewer settings
-        if known and k not in MAY_CHANGE and old.get(k) != new.get(k):
-            raise ValueError(
-                f"{folder} holds a run with {k} = {old.get(k)}, not {new.get(k)}; choose another --output-dir"
-            )
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset")
+    early.add_argument("--memory", type=int)
+    early.add_argument("--output-dir", "--output_dir", type=Path)
+    early.add_argument("--resume", action="store_true")
+    try:
+        given, _ = early.parse_known_args(arguments)
+    except argparse.ArgumentError:  # `read` will say what is wrong
+        given = argparse.Namespace(preset=None, memory=None, output_dir=None, resume=False)
+    values = dict.fromkeys((name for name, field in declared.model_fields.items() if field.is_required()), MISSING)
+    if given.resume and given.output_dir and (given.output_dir / "run.json").exists():
+        values |= dict(Run(**json.loads((given.output_dir / "run.json").read_text()), output_dir=given.output_dir))
+    elif given.preset in PRESETS:
+        own = PRESETS[given.preset]
+        values |= {"preset": given.preset, "options": own.options or Pipeline(), "settings": own.settings}
+    if "settings" in values:
+        preset = PRESETS[values["preset"]]
+        values["options"], values["settings"] = preset.within(given.memory, values["options"], values["settings"])
+    found = read(declared, program, arguments, declared.model_construct(**values))
+    if found.preset not in LARGE:
+        for name, value in found.options:
+            if value != getattr(Pipeline(), name):
+                raise ValueError(f"preset {found.preset} takes no {name}; that is for {', '.join(LARGE)}")
+    return found
 
 
 def load(folder: Path, keys: dict[str, str]) -> dict | None:
@@ -120,7 +129,7 @@ def run(
     progress: bool = True,
     space: str | None = None,
     encoder: str | None = None,
-    options: dict | None = None,
+    options: Pipeline | None = None,
     evaluate_every: int = 0,
     log_with: str = "none",
 ) -> dict:
@@ -128,12 +137,12 @@ def run(
 
     space            the method's (methods.py)
     encoder          phi by name
-    options          of the large presets: keyword arguments of `presets.text_to_image`
+    options          of the large presets (None: the preset's)
     evaluate_every   iterations between evaluations; 0: only before and after
     log_with         none, tensorboard or wandb
 
-    Returns "base" and "final" (numbers of `evaluate`), "history" (`State.metrics` of every iteration),
-    "seconds" (training), "base_images" and "images" (those of `evaluate`, prompt by prompt).
+    Returns "base" and "final" (numbers of `Task.evaluate`), "history" (`State.metrics` of every iteration),
+    "seconds" (training), "base_images" and "images" (those of `Task.evaluate`, prompt by prompt).
 
     Raises ValueError with one clear line for an unknown preset or method, a bad setting, or a directory
     that holds another run.
@@ -142,14 +151,11 @@ def run(
     from accelerate.utils import ProjectConfiguration
     from tqdm import tqdm
 
-    options = options or {}
-    check(preset, options)
-    for kind, choice, table in (("method", method, METHODS), ("tracker", log_with, TRACKERS)):
+    choices = (("preset", preset, PRESETS), ("method", method, METHODS), ("tracker", log_with, TRACKERS))
+    for kind, choice, table in choices:
         if choice not in table:
             raise ValueError(f"unknown {kind} {choice!r}; choose one of {', '.join(table)}")
-    build = PRESETS[preset][0]
-    default = settings_of(preset, options.get("memory"))
-    settings = settings or default
+    options, settings = options or PRESETS[preset].options, settings or PRESETS[preset].settings
     policy = METHODS[method](weight, clip=settings.clip, space=space)
     folder = Path(output_dir)
     description = {
@@ -158,31 +164,31 @@ def run(
         "weight": policy.weight,
         "space": policy.space,
         "encoder": encoder,
-        **({"options": {k: v if v is None else str(v) for k, v in options.items()}} if options else {}),
-        "settings": dataclasses.asdict(settings),
+        **({"options": options.model_dump(mode="json")} if options else {}),
+        "settings": asdict(settings),
     }
     project = ProjectConfiguration(str(folder), logging_dir=str(folder / "logs"))
     cpu = not torch.accelerator.is_available()  # accelerate would not join several processes without a GPU
     accelerator = Accelerator(cpu=cpu, log_with=tracker(log_with), project_config=project)
     first = accelerator.is_main_process
-    refuse_in_parts(not settings.micro_batch and processes() > 1 and options.get("lora_rank") == 0)
+    refuse_in_parts(not settings.micro_batch and processes() > 1 and options and options.lora_rank == 0)
     if first:
-        claim_directory(folder, description, resume)
+        claim(folder, description, resume)
     accelerator.wait_for_everyone()
 
-    task = build(encoder, **options)
+    task = PRESETS[preset].task(encoder, options)
     keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
     saved = load(folder, keys) if resume else None
     if not settings.micro_batch:
-        settings = dataclasses.replace(settings, micro_batch=(saved or {}).get("micro_batch", 0))
+        settings = replace(settings, micro_batch=(saved or {}).get("micro_batch", 0))
         settings = fitted(task.model, task.prompts, settings)
-        description["settings"] = dataclasses.asdict(settings)
+        description["settings"] = asdict(settings)
         if first:
             print(f"micro-batch: {settings.micro_batch}, found by trial", file=sys.stderr)
             write_json(folder / "run.json", description)
     state, history = start(task.model, settings), []
     state.bandwidth = saved["bandwidth"] if saved else calibrate_on(task.model, task.prompts, task.encoder, settings)
-    base, before = evaluate(task, settings, state.bandwidth)
+    base, before = task.evaluate(settings, state.bandwidth)
     if saved:
         state.load_state_dict(saved)
         history = saved["history"]
@@ -204,7 +210,7 @@ def run(
             n, entry = state.iteration, dict(state.metrics)
             if evaluate_every and n % evaluate_every == 0:
                 with state.averaged():
-                    numbers, images = evaluate(task, settings, state.bandwidth)
+                    numbers, images = task.evaluate(settings, state.bandwidth)
                 entry |= {f"eval_{name}": value for name, value in numbers.items()}
                 if first:
                     save_grid(folder / "images" / f"iteration-{n:06d}.png", images, task.images_per_prompt)
@@ -219,7 +225,7 @@ def run(
                     save()
 
         with state.averaged():
-            final, after = evaluate(task, settings, state.bandwidth)
+            final, after = task.evaluate(settings, state.bandwidth)
             result = {"base": base, "final": final, "seconds": sum(m["seconds"] for m in history)}
             task.model.save(folder / "weights")
             if first:
@@ -244,107 +250,35 @@ def tracker(name: str) -> str | None:
     return None if name == "none" else name
 
 
-def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
-    """One PNG, a line for each prompt."""
-    from torchvision.utils import save_image
-
-    path.parent.mkdir(exist_ok=True)
-    checkpoint.atomic_write(path, lambda temporary: save_image(images, temporary, nrow=columns, format="png"))
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m ref.train", description="One fine-tuning run from a preset.")
-    parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--method", required=True, help=f"one of {', '.join(METHODS)}")
-    parser.add_argument("--weight", type=float, help="lambda of the method (default: the method's own)")
-    parser.add_argument("--space", help="latent, perceptual or kernel: whose entropy the method looks at")
-    parser.add_argument("--encoder", help="the perceptual encoder phi, one of the preset's (default: its first)")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir")
-    parser.add_argument("--save-every", type=int, default=20, help="iterations between checkpoints (default: 20)")
-    parser.add_argument("--evaluate-every", type=int, help="iterations between evaluations (default: 50; 0 on toys)")
-    parser.add_argument("--log-with", help="none, tensorboard or wandb (default: tensorboard; none on toys)")
-    large = parser.add_argument_group(f"options of {', '.join(VARIANTS)}")
-    for name, (kind, text) in OPTIONS.items():
-        how = dict(action="store_true", default=None) if kind is bool else dict(type=kind)
-        large.add_argument(f"--{name.replace('_', '-')}", **how, help=text)
-    hints = get_type_hints(Settings)
-    table = parser.add_argument_group("settings (default: the preset's)")
-    for f in dataclasses.fields(Settings):
-        kind = {int | None: int, bool: lambda text: text.lower() in ("1", "true", "yes")}.get(
-            hints[f.name], hints[f.name]
-        )
-        table.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar=f.name.upper())
-    return parser.parse_args(arguments)
-
-
-OPTIONS = {
-    "memory": (int, "of the GPU in GB, 24, 48 or 80: computed settings in place of a trial"),
-    "model": (str, "a diffusers folder or hub id in place of the preset's"),
-    "reward": (str, "what to raise, as rewards.py reads it: pickscore, or pickscore:0.7+ocr:0.3 (default: pickscore)"),
-    "prompts": (str, "a .txt or .jsonl file, or train, evaluation or ocr (default: train)"),
-    "evaluation_prompts": (str, "likewise, for evaluations (default: evaluation)"),
-    "evaluation_steps": (int, "denoising steps of evaluations"),
-    "images_per_prompt": (int, "of evaluations (default: 4)"),
-    "height": (int, "of the images in pixels"),
-    "width": (int, "likewise"),
-    "guidance_scale": (float, "1 is off on SD3"),
-    "shift": (float, "of the time grid (default: the pipeline's)"),
-    "lora_rank": (int, "0 trains all weights, which several processes hold in parts (FSDP)"),
-    "lora_alpha": (float, "default: twice the rank"),
-    "gradient_checkpointing": (bool, "less memory, a third more time"),
-    "tiling": (bool, "decode in tiles"),
-    "compile_blocks": (bool, "compile the transformer's repeated blocks: minutes at first, then faster steps"),
-    "decode_batch": (int, "images at once through the VAE"),
-    "max_sequence_length": (int, "T5 tokens"),
-    "cache_dir": (Path, "of prompt embeddings"),
-}
-
-
-def asked(given: argparse.Namespace) -> tuple[dict, Settings]:
-    """The options and settings of a command line that `parse` has read. Raises ValueError where they do not fit."""
-    values = {name: value for name, value in vars(given).items() if value is not None}
-    options = {name: values[name] for name in OPTIONS if name in values}
-    check(given.preset, options)
-    changes = {f.name: values[f.name] for f in dataclasses.fields(Settings) if f.name in values}
-    return options, dataclasses.replace(settings_of(given.preset, options.get("memory")), **changes)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse(arguments)
-    given, large = vars(parsed), parsed.preset in VARIANTS
-    try:
-        options, settings = asked(parsed)
-        every = given["evaluate_every"] if given["evaluate_every"] is not None else 50 * large
-        if given["save_every"] < 1:
-            raise ValueError(f"save_every must be at least 1, got {given['save_every']}")
-        began = time.perf_counter()
-        result = run(
-            given["preset"],
-            given["method"],
-            given["output_dir"],
-            given["weight"],
-            settings,
-            given["resume"],
-            given["save_every"],
-            space=given["space"],
-            encoder=given["encoder"],
-            options=options,
-            evaluate_every=every,
-            log_with=given["log_with"] or ("tensorboard" if large else "none"),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command(train_as_asked, arguments)
+
+
+def train_as_asked(arguments: list[str] | None) -> None:
+    given, began = asked(Run, "ref.train", arguments), time.perf_counter()
+    large = given.preset in LARGE
+    result = run(
+        given.preset,
+        given.method,
+        given.output_dir,
+        given.weight,
+        given.settings,
+        given.resume,
+        given.save_every,
+        space=given.space,
+        encoder=given.encoder,
+        options=given.options if large else None,
+        evaluate_every=50 * large if given.evaluate_every is None else given.evaluate_every,
+        log_with=given.log_with or ("tensorboard" if large else "none"),
+    )
     if processes() > 1:
         others = rank() > 0
         torch.distributed.destroy_process_group()
         if others:
-            return 0
+            return
     for name, value in result["final"].items():
         print(f"{name:>20}  {result['base'][name]:9.4f} -> {value:9.4f}")
-    print(f"{time.perf_counter() - began:.0f} s; results in {given['output_dir']}")
-    return 0
+    print(f"{time.perf_counter() - began:.0f} s; results in {given.output_dir}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import ref
-from ref import tiny
-from ref.benchmark import benchmark, flops, main, phase_flops
-from ref.grpo import Settings
+from ref.models import tiny
+from ref.benchmark.__main__ import main
+from ref.benchmark.measure import benchmark, flops, phase_flops
+from ref.settings import Settings
 from ref.methods import METHODS
-from ref.naive import against_naive, text_encoders
+from ref.benchmark.naive import against_naive, text_encoders
 from ref.presets import PRESETS, VARIANTS, text_to_image
 
 SMALL = dict(groups=2, group_size=6, updates=1, micro_batch=12, steps=4, lr=1e-3)
@@ -52,7 +53,7 @@ def test_at_least_twice_as_fast_as_the_usual_way_with_equal_results(kind, method
 
 def test_the_comparison_sees_a_difference(folder, monkeypatch):
     """A planted error in the baseline, the log-density's 1/2 forgotten, shows up."""
-    from ref import naive
+    from ref.benchmark import naive
 
     right = naive.gaussian_log_prob
     monkeypatch.setattr(naive, "gaussian_log_prob", lambda x, mean, std: 2 * right(x, mean, std))

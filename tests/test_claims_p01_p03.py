@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from ref.entropy import knn_entropy, log_normalizer, path_entropy, policy_entropy
-from ref.mixture import GaussianMixture, MixtureFlow
+from ref.worlds.mixture import GaussianMixture, MixtureFlow
 from ref.policy import gaussian_log_prob, rollout, sde_step
 from ref.schedule import KINDS, FlowSchedule, time_grid
 

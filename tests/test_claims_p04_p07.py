@@ -17,7 +17,7 @@ from torch.distributions import Normal
 
 from ref.entropy import gaussian_kl
 from ref.grpo import advantages
-from ref.mixture import GaussianMixture, MixtureFlow, critical_lambda, effective_modes, fixed_point, replicator, ring
+from ref.worlds.mixture import GaussianMixture, MixtureFlow, critical_lambda, effective_modes, fixed_point, replicator, ring
 from ref.policy import gaussian_log_prob, rollout
 from ref.schedule import KINDS, FlowSchedule, time_grid
 

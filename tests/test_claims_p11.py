@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ref import mixture, two_modes
-from ref.grpo import Settings, advantages, start, train
+from ref.worlds import mixture, two_modes
+from ref.grpo import advantages, start, train
+from ref.settings import Settings
 from ref.methods import METHODS, Group
 
 Z = 6.0

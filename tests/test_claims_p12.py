@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ref.mixture import ring
+from ref.worlds.mixture import ring
 from ref.perceptual import kernel_log_prob, perceptual_entropy, perceptual_log_prob
 
 Z = 6.0

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ref import digits
-from ref.grpo import sample
+from ref.worlds import digits
+from ref.sampling import sample
 from ref.metrics import feature_variance
 
 

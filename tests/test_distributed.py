@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ref import checkpoint, tiny
+from ref.models import tiny
+from ref.scale import checkpoint
 from ref.grpo import start, train
-from ref.layout import Share, deal, deal_padded, rank
+from ref.scale.processes import Share, deal, deal_padded, rank
 from ref.methods import METHODS
 from ref.presets import PRESETS
 from ref.train import main, run

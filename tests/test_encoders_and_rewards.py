@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from ref import tiny
-from ref.encoders import HPS_FILE, fit, load_encoder, to_bytes
-from ref.rewards import AESTHETIC_FILE, JPEG, Reward, WeightedSum, likeness, load_reward, quoted
-from ref.unified_reward import UnifiedReward, ratings
+from ref.models import tiny
+from ref.scoring.encoders import HPS_FILE, fit, load_encoder, to_bytes
+from ref.scoring.load import AESTHETIC_FILE, WeightedSum, load_reward
+from ref.scoring.reward import Reward
+from ref.scoring.rules import JPEG, likeness, quoted
+from ref.scoring.unified_reward import UnifiedReward, ratings
 
 PROMPTS = ["a red fox", "two tall ships", "a red fox", "seven", "an old map"]
 

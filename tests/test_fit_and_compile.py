@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ref import digits, tiny
-from ref.benchmark import flops
-from ref.fit import fits, fitted, largest
-from ref.grpo import Settings, train, trainable
+from ref.models import tiny
+from ref.worlds import digits
+from ref.benchmark.measure import flops
+from ref.scale.microbatch import fits, fitted, largest
+from ref.grpo import train
+from ref.scale.weights import trainable
+from ref.settings import Settings
 from ref.methods import METHODS
-from ref.text2image import load
+from ref.models.load import load
 
 PROMPTS = ["a red cat", "two blue dogs on a boat"]
 
@@ -68,7 +71,7 @@ def test_fitted_finds_where_memory_ends_and_leaves_no_gradient(where):
 
 @pytest.mark.parametrize("ema, copies", [(0.0, 2), (0.9, 3)])
 def test_a_trial_leaves_room_for_moments_and_averages(ema, copies, monkeypatch):
-    from ref import fit
+    from ref.scale import microbatch as fit
 
     taken = []
     monkeypatch.setattr(fit.torch, "empty_like", lambda w: taken.append(w.numel()) or w.clone())
@@ -79,7 +82,7 @@ def test_a_trial_leaves_room_for_moments_and_averages(ema, copies, monkeypatch):
 
 def test_a_run_finds_its_micro_batch_once(tmp_path, monkeypatch):
     """Continued where more would fit, it keeps to what it found, and ends bit for bit as if never interrupted."""
-    from ref import fit
+    from ref.scale import microbatch as fit
     from ref.train import run
 
     small = Settings(groups=2, group_size=8, updates=1, steps=4, lr=1e-2, clip=0.2, iterations=4)

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ref import checkpoint, evaluate, tiny
-from ref.presets import PRESETS, VARIANTS, mixture, read_prompts, settings_of
+from ref import evaluate
+from ref.models import tiny
+from ref.scale import checkpoint
+from ref.models.prompts import read_prompts
+from ref.presets import PRESETS, VARIANTS, mixture, settings_of
 from ref.train import main, run
 
 PRESET = {"sd3": "sd35_medium", "flux": "flux_dev"}
@@ -212,7 +215,7 @@ def test_a_row_holds_the_paper_s_columns(kind, world, tmp_path):
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    from ref.encoders import load_encoder
+    from ref.scoring.encoders import load_encoder
 
     files = [[tmp_path / "images" / f"{n:04d}-{k}.png" for k in range(3)] for n in range(3)]
     images = torch.stack([pil_to_tensor(Image.open(f)) for line in files for f in line]) / 255

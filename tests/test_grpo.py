@@ -6,20 +6,12 @@ import dataclasses
 import pytest
 import torch
 
-from ref import digits
+from ref.worlds import digits
 from ref.entropy import gaussian_kl
-from ref.grpo import (
-    Settings,
-    advantages,
-    chunks,
-    learning_rate,
-    pick_prompts,
-    sample,
-    start,
-    step_weights,
-    train,
-    trainable,
-)
+from ref.grpo import advantages, learning_rate, start, step_weights, train
+from ref.sampling import chunks, pick_prompts, sample
+from ref.scale.weights import trainable
+from ref.settings import Settings
 from ref.methods import METHODS, Group, Step
 from ref.policy import gaussian_log_prob
 from ref.schedule import FlowSchedule, time_grid

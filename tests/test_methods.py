@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from ref.grpo import Settings, train, trainable
+from ref.grpo import train
+from ref.scale.weights import trainable
+from ref.settings import Settings
 from ref.methods import METHODS, SPACES, Group, Step, covariance
 from ref.metrics import feature_variance
-from ref.mixture import MixtureFlow, ring, tilted
+from ref.worlds.mixture import MixtureFlow, ring, tilted
 
 CLIP = 0.05
 WITH_SPACE = [name for name, method in METHODS.items() if method.default_space]

@@ -13,12 +13,18 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import T5EncoderModel
 
-from ref import memory, pipelines, tiny
+from ref.benchmark import memory
+from ref.models import hub as pipelines, tiny
 from ref.entropy import policy_entropy
-from ref.grpo import Settings, sample, train, trainable
+from ref.grpo import train
+from ref.sampling import sample
+from ref.scale.weights import trainable
+from ref.settings import Settings
 from ref.methods import METHODS
 from ref.schedule import time_grid
-from ref.text2image import SD3, Flux, load
+from ref.models.flux import Flux
+from ref.models.load import load
+from ref.models.sd3 import SD3
 
 PROMPTS = ["a red cat", "two blue dogs on a boat"]
 KINDS = ["sd3", "flux"]
@@ -453,7 +459,7 @@ def test_hub_errors_are_one_line_with_the_remedy(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = """
 import sys
-from ref.pipelines import locate
+from ref.models.hub import locate
 for model in sys.argv[1:]:
     try:
         locate(model)

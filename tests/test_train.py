@@ -13,7 +13,8 @@ import time
 import pytest
 import torch
 
-from ref import checkpoint, digits
+from ref.scale import checkpoint
+from ref.worlds import digits
 from ref.__main__ import main as story
 from ref.policy import rollout
 from ref.train import PRESETS, main, run
@@ -232,7 +233,7 @@ def test_the_mixture_preset_goes_through_the_same_command(tmp_path):
 
 def test_base_weights_command_makes_a_loadable_model(tmp_path, capsys):
     """`python -m ref.digits_base`, a thousandth of its length: every part trains, saves and loads."""
-    from ref.digits_base import main as make
+    from ref.worlds.digits_base import main as make
 
     assert make(["--output-dir", str(tmp_path), "--scale", "0.001"]) == 0
     assert "of unseen digits read" in capsys.readouterr().out

@@ -19,12 +19,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ref.grpo import Settings, State, advantages, assign, calibrate_on, copied, start, step_weights, train, trainable
-from ref.layout import generator_for, pick_prompts
+from ref.grpo import State, advantages, calibrate_on, start, step_weights, train
 from ref.methods import FlowGRPO, Group, Step
-from ref.pipelines import PromptEmbeddings
+from ref.models.embeddings import PromptEmbeddings
 from ref.policy import gaussian_log_prob, rollout
 from ref.presets import Task
+from ref.sampling import generator_for, pick_prompts
+from ref.scale.weights import assign, copied, trainable
+from ref.settings import Settings
 
 
 def text_encoders(model) -> Callable[[str], dict[str, Tensor]]:

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ref.pipelines import hub_errors
+from ref.models.hub import hub_errors
 
 HUB = {
     "pickscore": "yuvalkirstain/PickScore_v1",

@@ -1,7 +1,7 @@
 """Tiny pipelines of the real classes with random weights: whole, on disk, made in a second without a network.
 
-    python -m ref.tiny DIR            # DIR/sd3, DIR/flux, DIR/clip, DIR/dino
-    python -m ref.tiny DIR --wide     # transformers as wide as the big ones, two blocks deep, 3 GB
+    python -m ref.models.tiny DIR            # DIR/sd3, DIR/flux, DIR/clip, DIR/dino
+    python -m ref.models.tiny DIR --wide     # transformers as wide as the big ones, two blocks deep, 3 GB
 
 `sd3` and `flux` are complete diffusers folders (tokenizers, text encoders, transformer, VAE,
 scheduler), `clip` and `dino` complete transformers folders. They hold nothing that was learnt and
@@ -13,10 +13,14 @@ guidance embedding and dynamic shift, 77 CLIP tokens. Images are 64 x 64 (or oth
 The wide ones are for timings: there arithmetic takes the time, not the starting of small operations.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import torch
+from tyro.conf import Positional
+
+from ref.options import Options, command, read
+from ref.settings import in_one_line
 
 WIDTH = 32  # of every transformer here but the wide ones
 WIDE = {  # of SD3.5-Medium and FLUX.1-dev
@@ -166,16 +170,25 @@ def dino(folder: Path | str, seed: int = 0) -> Path:
 MAKERS = {"sd3": sd3, "flux": flux, "clip": clip, "dino": dino}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ref.tiny", description="Tiny random pipelines, saved as folders.")
-    parser.add_argument("folder", type=Path, help="gets a subfolder for each of " + ", ".join(MAKERS))
-    parser.add_argument("--wide", action="store_true", help="transformers as wide as SD3.5-Medium's and FLUX.1-dev's")
-    given = parser.parse_args(arguments)
-    for name, make in MAKERS.items():
-        path = make(given.folder / name, **(dict(wide=True) if given.wide and name in WIDE else {}))
+@in_one_line
+class Tiny(Options):
+    """Tiny random pipelines, saved as folders."""
+
+    folder: Positional[Path]  # gets a subfolder for each of them
+    wide: bool = False  # transformers as wide as SD3.5-Medium's and FLUX.1-dev's
+
+
+def make(arguments: list[str] | None) -> None:
+    given = read(Tiny, "ref.models.tiny", arguments)
+    for name, maker in MAKERS.items():
+        path = maker(given.folder / name, **(dict(wide=True) if given.wide and name in WIDE else {}))
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         print(f"{path}  {size / 2**20:.2f} MiB")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return command(make, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ref.encoders import OPENAI_MEAN, OPENAI_STD, find, fit, one_line, to_bytes
-from ref.rewards import Reward
+from ref.scoring.encoders import OPENAI_MEAN, OPENAI_STD, find, fit, one_line, to_bytes
+from ref.scoring.reward import Reward
 
 HUB = "THUDM/ImageReward"
 TOKENIZER = "google-bert/bert-base-uncased"

@@ -1,11 +1,9 @@
-"""The plan of an iteration: which prompts, which process, which micro-batch, which noise.
-
-All of it is a function of (seed, iteration, group): there is no generator state to save, no member of a
-group can get another's noise, and P processes draw the samples that one would.
+"""Many processes: who owns which groups, and the two things that are exchanged.
 
     accelerate launch --num_processes 8 -m ref.train ...
 
-Every process owns G / P whole groups of every optimiser step. Two things are exchanged:
+Every process owns G / P whole groups of every optimiser step and draws the samples that one process would.
+Two things are exchanged:
 
     rewards, features, log-densities   gathered into [G, ...] on every process, in the order of the groups:
                                        methods that choose among all pairs of the batch (Clip-Cov, KL-Cov)
@@ -18,7 +16,6 @@ many.) Full fine-tuning sums it within the backward passes, see sharding.py. `Ac
 set `torch.distributed` up; without it there is one process, and nothing is exchanged.
 """
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,33 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def generator_for(*key) -> torch.Generator:
-    """A CPU generator whose seed is a hash of the key."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def pick_prompts(prompts: list[str], settings, iteration: int) -> list[str]:
-    """The G prompts of an iteration (settings is `grpo.Settings`): the list shuffled anew each time it is used up."""
-    first = iteration * settings.groups
-    picked, shuffled = [], {}
-    for n in range(first, first + settings.groups):
-        epoch, place = divmod(n, len(prompts))
-        if epoch not in shuffled:
-            shuffled[epoch] = torch.randperm(
-                len(prompts), generator=generator_for(settings.seed, "epoch", epoch)
-            ).tolist()
-        picked.append(prompts[shuffled[epoch][place]])
-    return picked
-
-
-def chunks(groups: int, group_size: int, updates: int, micro_batch: int) -> list[list[Tensor]]:
-    """Sample indices, first by optimiser step (whole groups), then by micro-batch. Raises ValueError for micro_batch 0."""
-    if micro_batch < 1:
-        raise ValueError("micro_batch 0 means the largest that fits; let fit.fitted find it first")
-    parts = torch.arange(groups * group_size).view(groups, group_size).tensor_split(updates)
-    return [list(part.flatten().split(micro_batch)) for part in parts]
+from ref.scale.weights import in_parts
 
 
 def processes() -> int:
@@ -104,11 +75,6 @@ def deal_padded(groups: int) -> Share:
     n = processes()
     each = -(-groups // n)
     return Share([[min(g, groups - 1) for g in range(r * each, (r + 1) * each)] for r in range(n)])
-
-
-def in_parts(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, told without importing that class, which takes longer than all of `ref`."""
-    return hasattr(tensor, "full_tensor")
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:

@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ref.grpo import Settings, trainable
-from ref.layout import in_parts, over_processes, processes
-from ref.pipelines import OutOfMemory, out_of_memory
+from ref.scale.memory import OutOfMemory, out_of_memory
+from ref.scale.processes import over_processes, processes
+from ref.scale.weights import in_parts, trainable
+from ref.settings import Settings
 
 MOST_ON_CPU = 64  # where memory ends, the system ends the process; no trial could tell
 

@@ -1,7 +1,7 @@
 """GPU memory of training SD3.5-Medium and FLUX.1-dev, computed from shapes: no weights, no GPU.
 
-    python -m ref.memory                # the presets' image sizes
-    python -m ref.memory 512 1024       # others, in pixels; with --all-weights for full fine-tuning
+    python -m ref.benchmark.memory                # the presets' image sizes
+    python -m ref.benchmark.memory 512 1024       # others, in pixels; with --all-weights for full fine-tuning
 
 PyTorch's fake tensors go through the real transformer's forward pass, and every tensor that autograd would
 keep for the backward pass is counted once, as its storage is. For B samples in a micro-batch
@@ -18,65 +18,22 @@ Left out: CUDA's own context and fragmentation (plan for a tenth more), the traj
 2 MB a sample and step), reward models and encoders, decoding (lower `decode_batch`).
 """
 
-import argparse
+import sys
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tyro.conf import Positional
 
+from ref.models.adapter import TextToImage
+from ref.models.sd3 import SD3
+from ref.models.shapes import shaped
+from ref.options import Options, Pixels, command, read
 from ref.presets import architectures
-from ref.text2image import SD3, Flux, TextToImage
+from ref.settings import in_one_line
 
 GIB = 2**30
-
-
-def sd35_medium():
-    """The architecture of stabilityai/stable-diffusion-3.5-medium (2.24 billion weights), random."""
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
-        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-        pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-    )  # fmt: skip
-
-
-def flux_dev():
-    """The architecture of black-forest-labs/FLUX.1-dev (11.9 billion weights), random."""
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(guidance_embeds=True)
-
-
-def vae():
-    """The VAE architecture that both share, random."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16,
-        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609,
-    )  # fmt: skip
-
-
-def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> TextToImage:
-    """`sd35_medium` or `flux_dev` for size x size images with its LoRA, on the meta device: shapes alone.
-
-    With rank 0 all weights are trained.
-    """
-    adapter, network = {"sd35_medium": (SD3, sd35_medium), "flux_dev": (Flux, flux_dev)}[name]
-    before = torch.get_default_dtype()
-    with torch.device("meta"):
-        torch.set_default_dtype(dtype)
-        transformer = network()
-        torch.set_default_dtype(before)
-        parts = transformer, vae()
-    model = adapter(*parts, None, None, size=(size, size), guidance_scale=adapter.default_guidance)
-    if rank:
-        model.add_lora(rank, 2 * rank)
-    else:
-        model.transformer.requires_grad_(True)
-    return model
 
 
 def kept(model: TextToImage, batch: int = 1) -> int:
@@ -134,11 +91,16 @@ def footprint(model: TextToImage) -> dict[str, float]:
     return {name: value / GIB for name, value in terms.items()}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ref.memory", description=__doc__.splitlines()[0])
-    parser.add_argument("pixels", type=int, nargs="*", help="along the sides of the images (default: the presets')")
-    parser.add_argument("--all-weights", action="store_true", help="full fine-tuning in place of a LoRA (rank 0)")
-    given = parser.parse_args(arguments)
+@in_one_line
+class Memory(Options):
+    """GPU memory of training SD3.5-Medium and FLUX.1-dev, computed from shapes."""
+
+    pixels: Positional[list[Pixels]] = Field(default_factory=list)  # along the sides of the images (none: the presets')
+    all_weights: bool = False  # full fine-tuning in place of a LoRA
+
+
+def print_table(arguments: list[str] | None) -> None:
+    given = read(Memory, "ref.benchmark.memory", arguments)
     print("model        size  rank  weights  trained  a sample more: checkpointed, not   peak of 1, 4, 8 checkpointed")
     rows = [(name, size, 0 if given.all_weights else rank) for _, name, size, rank in architectures(given.pixels)]
     for name, size, rank in dict.fromkeys(rows):
@@ -151,5 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return command(print_table, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

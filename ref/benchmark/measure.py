@@ -3,7 +3,6 @@
     python -m ref.benchmark --preset digits --json digits.json
     python -m ref.benchmark --preset sd35_medium --memory 80          # and every other option of ref.train
     python -m ref.benchmark --preset flux_dev --compare-naive         # see naive.py
-    python -m ref.benchmark --on-paper 256 512 1024                   # the large presets' FLOPs, without a GPU
 
 **Alternation.** A machine's speed drifts, so Flow-GRPO, PEC and PCVAE take turns, one iteration each, on the
 same model in the same process; each round another goes first. Numbers are medians and quartiles.
@@ -17,14 +16,12 @@ matrix product in the same precision, measured in every round too. FLOPs are cou
 sample; attention's backward is counted as flash attention does it, which computes the scores again.
 """
 
-import argparse
 import dataclasses
-import json
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -32,14 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ref import checkpoint
-from ref.fit import fitted
-from ref.grpo import Settings, calibrate_on, start, train, trainable
+from ref.benchmark.naive import against_naive
+from ref.grpo import calibrate_on, start, train
 from ref.methods import METHODS
-from ref.naive import against_naive, text_encoders
-from ref.presets import PRESETS, Task, architectures
-from ref.stopwatch import Stopwatch
-from ref.train import asked, parse
+from ref.presets import Task
+from ref.scale import checkpoint
+from ref.scale.stopwatch import Stopwatch
+from ref.scale.weights import trainable
+from ref.settings import Settings
 
 COMPARED = ("flow_grpo", "pec", "pcvae")
 aten = torch.ops.aten
@@ -191,83 +188,3 @@ def report(result: dict) -> str:
         lines.append(f"\nnaive / ours    {form(result['naive']['speedup'])}; largest differences, relative:")
         lines += [f"  {name:<12} {value:.1e}" for name, value in result["naive"]["difference"].items()]
     return "\n".join(lines)
-
-
-def on_paper(sizes: list[int]) -> Iterator[str]:
-    """FLOPs of the large presets, counted on fake tensors: shapes alone go through the real modules.
-
-    sizes: pixels along the sides of the images; none: each preset's own. Yields the lines of a table.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from ref.memory import shaped
-    from ref.text2image import SD3
-
-    yield "preset        pixels   forward  and backward   decode (TFLOP a sample)  images   rollout   update      sum (PFLOP)"
-    for preset, name, size, rank in architectures(sizes):
-        model, settings = shaped(name, size, rank), PRESETS[preset][1]
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            config, tokens = model.transformer.config, model.default_tokens + 77 * isinstance(model, SD3)
-            embeds = torch.empty(1, tokens, config.joint_attention_dim, dtype=model.dtype)
-            pooled = torch.empty(1, config.pooled_projection_dim, dtype=model.dtype)
-            conditioning = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-            conditioning |= {f"negative_{key}": value for key, value in conditioning.items()}
-            forward, both = flops(model, conditioning), flops(model, conditioning, backward=True)
-            with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
-                model.decode(torch.empty(1, *model.latent_shape))
-        images, work = settings.groups * settings.group_size, phase_flops(settings, forward, both)
-        each = (forward, both, counter.get_total_flops())
-        all_of_them = (work["sample"], work["update"], sum(work.values()))
-        yield (
-            f"{preset:<13} {size:>6}" + "{:>10.2f}{:>14.2f}{:>9.2f}".format(*(n / 1e12 for n in each))
-            + f"{images:>25}" + "{:>10.1f}{:>9.1f}{:>9.1f}".format(*(n / 1e15 for n in all_of_them))
-        )  # fmt: skip
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ref.benchmark",
-        description=__doc__.splitlines()[0],
-        epilog="All other options are those of python -m ref.train: --preset, its settings, its model.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--repeats", type=int, default=9, help="rounds that count (default: 9)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them (default: 2)")
-    parser.add_argument("--compare-naive", action="store_true", help="run the field's usual way beside ours")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
-    paper = "FLOPs of the large presets from their shapes, for images of so many pixels a side (default: their own)"
-    parser.add_argument("--on-paper", type=int, nargs="*", metavar="PIXELS", help=paper)
-    own, rest = parser.parse_known_args(arguments)
-    try:
-        if own.on_paper is not None:
-            if rest:
-                parser.error(f"--on-paper takes sizes in pixels and nothing else, got {' '.join(rest)}")
-            for line in on_paper(own.on_paper):
-                print(line, flush=True)
-            return 0
-        result = of_command(own, parse([*rest, "--method", "flow_grpo", "--output-dir", "-"]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(result))
-    if own.json:
-        own.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
-
-
-def of_command(own: argparse.Namespace, given: argparse.Namespace) -> dict:
-    """`benchmark` of what the command line asks for: its `own` options, and those of ref.train that were `given`."""
-    options, settings = asked(given)
-    if own.threads:
-        torch.set_num_threads(own.threads)
-    task = PRESETS[given.preset][0](given.encoder, **options)
-    # before the trial, which must not give away the memory that the text encoders take
-    naive = text_encoders(task.model) if own.compare_naive else None
-    settings = fitted(task.model, task.prompts, settings)
-    return {"preset": given.preset} | benchmark(task, settings, own.repeats, own.warmup, naive)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

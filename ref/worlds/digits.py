@@ -4,7 +4,7 @@ Data are the 1,797 digits of scikit-learn (8 x 8 pixels, 17 grey levels; E. Alpa
 UCI repository, 1998), written by many hands, captioned "a handwritten seven". The model is a real
 `SD3Transformer2DModel` on the latents of a real `AutoencoderKL`, only small: 4 x 4 x 4 latents.
 
-    python -m ref.digits_base       # trains everything again into ref/weights/digits (minutes)
+    python -m ref.worlds.digits_base       # trains everything again into ref/worlds/weights/digits (minutes)
 
 **Reward.** One writing style among the many in the data, legibly written, in [0, 1]:
 
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ref.text2image import SD3
+from ref.models.sd3 import SD3
 
 WEIGHTS = Path(__file__).parent / "weights" / "digits"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -188,7 +188,7 @@ def load(folder: Path | str = WEIGHTS) -> tuple[SD3, SlantReward, Phi, nn.Module
     folder = Path(folder)
     if not (folder / "heads.safetensors").exists():
         raise FileNotFoundError(
-            f"no digits weights in {folder}; make them with: python -m ref.digits_base --output-dir {folder}"
+            f"no digits weights in {folder}; make them with: python -m ref.worlds.digits_base --output-dir {folder}"
         )
     heads = {"captions": CaptionEncoder(), "phi": Phi(), "reader": convolutional(10), "judge": dense(10)}
     weights = load_file(folder / "heads.safetensors")

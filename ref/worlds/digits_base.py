@@ -1,20 +1,23 @@
 """Makes the base weights of `digits.py` from nothing: two readers, phi, the VAE, the flow transformer.
 
-    python -m ref.digits_base                 # into ref/weights/digits
+    python -m ref.worlds.digits_base                 # into ref/worlds/weights/digits
 
 Each part has its own seed, so changing one leaves the others as they are. The readers and the judge see
 digits under shear, so that they read every slant and the reward's two factors stay apart.
 """
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 
-from ref.digits import PROMPTS, WEIGHTS, CaptionEncoder, Phi, convolutional, data, dense, legibility
+from ref.options import Options, command, read
+from ref.settings import in_one_line
+from ref.worlds.digits import PROMPTS, WEIGHTS, CaptionEncoder, Phi, convolutional, data, dense, legibility
 
 
 def views(images: Tensor, generator: torch.Generator, shear: float = 0.0) -> Tensor:
@@ -182,15 +185,23 @@ def make(folder: Path | str = WEIGHTS, scale: float = 1.0, seed: int = 0) -> dic
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ref.digits_base", description="Train the digits base model.")
-    parser.add_argument("--output-dir", default=WEIGHTS, help="where the weights go (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full training length (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+@in_one_line
+class Base(Options):
+    """Train the digits base model."""
+
+    output_dir: Path = WEIGHTS  # where the weights go
+    scale: Annotated[float, Gt(0), Le(100)] = 1.0  # share of the full training length
+    seed: int = 0  # of all parts
+
+
+def make_as_asked(arguments: list[str] | None) -> None:
+    options = read(Base, "ref.worlds.digits_base", arguments)
     accuracy = make(options.output_dir, options.scale, options.seed)
     print(", ".join(f"{name}: {value:.1%} of unseen digits read" for name, value in accuracy.items()))
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command(make_as_asked, arguments)
 
 
 if __name__ == "__main__":

@@ -9,41 +9,28 @@ The trainer knows a model by six things, whatever its size:
     schedule(steps, **kernel)  -> the policy on the model's own time grid
     reference()                -> a context in which velocity is that of the base model
 
-`load` fills them with SD3.5-Medium, FLUX.1-dev or any pipeline of their classes; `digits.py` fills `SD3`
+`load.load` fills them with SD3.5-Medium, FLUX.1-dev or any pipeline of their classes; `worlds/digits.py` fills `SD3`
 with a model of 1.3 million weights. diffusers' transformers predict the rectified-flow velocity
 eps - x_data, so no sign or scale stands between them and `schedule.py`.
 
 **Precision.** Latents, time and velocity are float32. The transformer computes in `dtype` (bfloat16 on a
 GPU) inside an autocast of its own, which overrides one outside; trained weights are float32. The VAE is
 float32: it is small, and rewards look at its last bits.
-
-**FLUX.** x is the packed latent [B, L, 4 C], L = H/16 W/16 tokens of 2 x 2 latent pixels: what the
-transformer itself reads and writes. Entropies per dimension and ratios do not see the packing.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ref.checkpoint import atomic_write, snapshot
-from ref.layout import processes, rank
-from ref.pipelines import PromptEmbeddings, locate, out_of_memory
+from ref.scale.checkpoint import atomic_write, snapshot
+from ref.scale.memory import out_of_memory
+from ref.scale.processes import rank
+from ref.scale.sharding import shard
 from ref.schedule import FlowSchedule, time_grid
-from ref.sharding import shard
-
-# The eight projections of joint attention, Flow-GRPO's choice for SD3.
-SD3_LORA_TARGETS = [
-    f"attn.{name}"
-    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-]
-# FLUX: the same, and both feed-forward layers of either stream.
-FLUX_LORA_TARGETS = SD3_LORA_TARGETS + [
-    f"{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")
-]
 
 
 class TextToImage(nn.Module):
@@ -266,218 +253,3 @@ class TextToImage(nn.Module):
             self.transformer = trained
             if self.has_lora:
                 trained.enable_adapters()
-
-
-class SD3(TextToImage):
-    """Stable Diffusion 3 and 3.5. x is the latent [B, C, h, w].
-
-    encode gives {"prompt_embeds", "pooled_prompt_embeds"} and, when guidance_scale > 1, the same two with
-    "negative_" before them: classifier-free guidance is v = v_neg + scale (v_pos - v_neg), one forward of both.
-    """
-
-    pipeline = "StableDiffusion3Pipeline"
-    network = "SD3Transformer2DModel"
-    default_guidance = 4.5
-    default_tokens = 256
-    lora_targets = SD3_LORA_TARGETS
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return (self.transformer.config.in_channels, *self.latent_size)
-
-    @staticmethod
-    def largest(transformer: dict) -> float:
-        return transformer["pos_embed_max_size"]
-
-    @staticmethod
-    def encode_text(text, prompt: str, max_sequence_length: int) -> tuple[Tensor, Tensor]:
-        embeds, _, pooled, _ = text.encode_prompt(
-            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-        )
-        return embeds, pooled
-
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """v_theta [B, C, h, w] in float32. sigma is a 0-d tensor or a float."""
-        embeds, pooled = conditioning["prompt_embeds"], conditioning["pooled_prompt_embeds"]
-        guided = self.guidance_scale > 1
-        if guided:
-            embeds = torch.cat([conditioning["negative_prompt_embeds"], embeds])
-            pooled = torch.cat([conditioning["negative_pooled_prompt_embeds"], pooled])
-            x = torch.cat([x, x])
-        time = torch.full((), 1000.0, device=x.device) * sigma
-        with self.precision():
-            v = self.transformer(
-                hidden_states=x,
-                timestep=time.expand(len(x)),
-                encoder_hidden_states=embeds,
-                pooled_projections=pooled,
-                return_dict=False,
-            )[0].float()
-        if guided:
-            negative, positive = v.chunk(2)
-            v = negative + self.guidance_scale * (positive - negative)
-        return v if torch.is_grad_enabled() else v.detach()
-
-
-def exact_time(module, arguments: tuple) -> tuple:
-    """Hook of FLUX's time embedding: the float32 time, where the transformer hands down one cast to bfloat16."""
-    return (module.exact_time, *arguments[1:])
-
-
-class Flux(TextToImage):
-    """FLUX.1. x is the packed latent [B, L, 4 C]; guidance is an input of the distilled network, one forward."""
-
-    pipeline = "FluxPipeline"
-    network = "FluxTransformer2DModel"
-    default_guidance = 3.5
-    default_tokens = 512
-    lora_targets = FLUX_LORA_TARGETS
-
-    def __init__(self, transformer, vae, scheduler, encode, guidance_scale: float = 3.5, **options):
-        super().__init__(transformer, vae, scheduler, encode, guidance_scale, **options)
-        from diffusers import FluxPipeline
-
-        rows, columns = (side // 2 for side in self.latent_size)
-        ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)
-        self.register_buffer("image_ids", ids, persistent=False)
-        transformer.time_text_embed.register_forward_pre_hook(exact_time)
-
-    @staticmethod
-    def patch(transformer: dict) -> int:
-        return 2  # packing; the transformer's own patch_size counts packed pixels
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        return (self.tokens, self.transformer.config.in_channels)
-
-    @staticmethod
-    def encode_text(text, prompt: str, max_sequence_length: int) -> tuple[Tensor, Tensor]:
-        return text.encode_prompt(prompt, max_sequence_length=max_sequence_length)[:2]
-
-    def unshifted(self, steps: int) -> list[float]:
-        return torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
-
-    def unpack(self, x: Tensor) -> Tensor:
-        from diffusers import FluxPipeline
-
-        height, width = self.latent_size
-        return FluxPipeline._unpack_latents(x, height, width, vae_scale_factor=1)
-
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """v_theta [B, L, 4 C] in float32. sigma is a 0-d tensor or a float."""
-        embeds = conditioning["prompt_embeds"]
-        time = torch.ones((), device=x.device) * sigma
-        self.transformer.time_text_embed.exact_time = (1000 * time).expand(len(x))
-        guided = self.transformer.config.guidance_embeds
-        with self.precision():
-            v = self.transformer(
-                hidden_states=x,
-                timestep=time.expand(len(x)),
-                guidance=torch.full((len(x),), self.guidance_scale, device=x.device) if guided else None,
-                encoder_hidden_states=embeds,
-                pooled_projections=conditioning["pooled_prompt_embeds"],
-                txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
-                img_ids=self.image_ids,
-                return_dict=False,
-            )[0].float()
-        return v if torch.is_grad_enabled() else v.detach()
-
-
-ADAPTERS = {adapter.pipeline: adapter for adapter in (SD3, Flux)}
-
-
-def load(
-    model: str | Path,
-    prompts: Iterable[str],
-    height: int = 512,
-    width: int = 512,
-    *,
-    guidance_scale: float | None = None,
-    shift: float | None = None,
-    max_sequence_length: int | None = None,
-    lora_rank: int | None = 32,
-    lora_alpha: float | None = None,
-    keep_base: bool = True,
-    gradient_checkpointing: bool = False,
-    compile_blocks: bool = False,
-    decode_batch: int | None = 8,
-    tiling: bool = False,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    cache_dir: Path | str | None = None,
-    seed: int = 0,
-) -> SD3 | Flux:
-    """A pipeline ready to be trained: prompts encoded and text encoders gone, LoRA on, everything on `device`.
-
-    model                   diffusers folder, hub id, "sd35_medium" or "flux_dev"
-    prompts                 every prompt of training and evaluation
-    height, width           of the images, in pixels
-    guidance_scale          None: 4.5 for SD3 (classifier-free; 1 is guidance-free), 3.5 for FLUX (embedded)
-    shift                   of the time grid (DanceGRPO: 3 on FLUX); None: the pipeline's own
-    max_sequence_length     T5 tokens; None: the pipeline's own, 256 for SD3 and 512 for FLUX
-    lora_rank, lora_alpha   Flow-GRPO: 32 and 64 for SD3, 64 and 128 for FLUX. rank None trains all weights, in
-                            parts where there are several processes; alpha None is twice the rank
-    keep_base               with rank None: keep a frozen copy of the base, which a KL to it needs
-    gradient_checkpointing  compute activations twice and keep one block's: less memory, a third more time
-    compile_blocks          compile the transformer's repeated blocks (torch.compile): faster after a while
-    decode_batch, tiling    images at once through the VAE, and decoding each in tiles (seams may show)
-    dtype                   of the transformer's arithmetic; None: bfloat16 on a GPU, float32 on the CPU
-    device                  None: the GPU when there is one
-    cache_dir               of prompt embeddings; None: ~/.cache/ref/prompt_embeddings
-    seed                    of the LoRA's first weights
-
-    Raises OSError (no such model, no access, no network, no memory) and ValueError (a pipeline of another
-    class, an image size that the model refuses), each with the remedy.
-    """
-    import diffusers
-
-    source = locate(model)
-    adapter = ADAPTERS.get(source.pipeline)
-    if adapter is None:
-        raise ValueError(f"{source.model} is a {source.pipeline}; training knows {' and '.join(ADAPTERS)}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    guidance_scale = adapter.default_guidance if guidance_scale is None else guidance_scale
-    network = getattr(diffusers, adapter.network)
-    configs = source.config(network, "transformer"), source.config(diffusers.AutoencoderKL, "vae")
-    adapter.check_size(*configs, height, width)  # before anything large is loaded
-
-    encode = PromptEmbeddings(
-        source,
-        adapter.encode_text,
-        max_sequence_length or adapter.default_tokens,
-        dtype,
-        device,
-        cache_dir,
-        negative=adapter is SD3 and guidance_scale > 1,
-    )
-    encode.add(prompts)
-    remedy = "train a LoRA instead of all weights, load in bfloat16, or take a larger GPU"
-    with out_of_memory(f"while loading {source.model}", remedy):
-        weights = torch.float32 if lora_rank is None else dtype
-        loaded = adapter(
-            source.component(network, "transformer", dtype=weights),
-            source.component(diffusers.AutoencoderKL, "vae", dtype=torch.float32),
-            source.component(diffusers.FlowMatchEulerDiscreteScheduler, "scheduler"),
-            encode,
-            guidance_scale,
-            size=(height, width),
-            shift=shift,
-            dtype=dtype,
-            decode_batch=decode_batch,
-        )
-        if lora_rank is None:
-            loaded.full(keep_base)
-            if processes() > 1:
-                loaded.shard(device)
-        loaded.to(device)
-        loaded.vae.to(memory_format=torch.channels_last)
-        if tiling:
-            loaded.vae.enable_tiling()
-        if gradient_checkpointing:
-            loaded.transformer.enable_gradient_checkpointing()
-        if lora_rank is not None:
-            loaded.add_lora(lora_rank, lora_alpha or 2 * lora_rank, seed)
-        if compile_blocks:
-            loaded.compile_blocks()
-    return loaded

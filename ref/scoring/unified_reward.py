@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ref.rewards import Reward, encoded, pictures
+from ref.scoring.reward import Reward, encoded, pictures
 
 MODEL = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
 URL = "http://localhost:8080/v1"

@@ -18,7 +18,7 @@ def model_card(model, base: str, description: dict, result: dict, folder: Path) 
 
     model, base   the adapter that was trained, and the folder or hub id of its base model
     description   what run.json holds
-    result        "base" and "final" of `train.evaluate`
+    result        "base" and "final" of `presets.Task.evaluate`
     """
     load = (LORA if model.has_lora else WEIGHTS).format(
         base=base, folder=folder, transformer=type(model.transformer).__name__
@@ -26,7 +26,7 @@ def model_card(model, base: str, description: dict, result: dict, folder: Path) 
     if not model.has_lora:
         load = f"from diffusers import {type(model.transformer).__name__}\n\n{load}"
     settings = [(k, f"`{v}`") for k, v in description["settings"].items()]
-    given = description | description.get("options", {})
+    given = description | (description.get("options") or {})
     options = [(k, f"`{v}`") for k, v in given.items() if k not in ("settings", "options") and v is not None]
     numbers = [(k, f"{result['base'][k]:.4g}", f"{result['final'][k]:.4g}") for k in result["final"]]
     return f"""---

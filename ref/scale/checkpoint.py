@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ref.layout import rank
-from ref.sharding import whole
+from ref.scale.processes import rank
+from ref.scale.weights import whole
 
 KEEP = 2
 

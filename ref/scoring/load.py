@@ -24,118 +24,22 @@ score of 0.388 comes from the DFN5B model is a reading: ViT-L/14 gives about 0.2
 image rounded to 8 bits. An image with a NaN scores NaN, and whoever asked is told for which prompt.
 """
 
-import io
 import math
 import re
 from collections.abc import Iterable
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from ref.encoders import Encoder, blank_bad, find, load_encoder, one_line, to_bytes
-from ref.grpo import checked
+from ref.sampling import checked
+from ref.scoring.encoders import Encoder, find, load_encoder, one_line
+from ref.scoring.preference import Aesthetic, Cosine
+from ref.scoring.reward import Reward
+from ref.scoring.rules import JPEG, OCR
 
 DFN5B = "open_clip:ViT-H-14-378-quickgelu/dfn5b"
 AESTHETIC_FILE = "aesthetic_predictor_v2_5.pth"
 AESTHETIC_URL = f"https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/{AESTHETIC_FILE}"
-
-
-class Reward(nn.Module):
-    """A subclass gives `score(images, prompts) -> [B]`; no sample's score depends on the others."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        if len(images) != len(prompts):
-            raise ValueError(f"{self.name} needs one prompt for each image, got {len(images)} and {len(prompts)}")
-        return blank_bad(self.score(images, prompts).float().to(images.device), images)
-
-
-class Cosine(Reward):
-    """cos(phi(x), phi(c)) of an encoder with a text tower: PickScore, CLIP score, HPSv2."""
-
-    def __init__(self, name: str, encoder: Encoder):
-        super().__init__(name)
-        if type(encoder).embed_text is Encoder.embed_text:
-            encoder.embed_text([])  # raises: this encoder reads no text
-        self.encoder = encoder
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return (self.encoder(images) * self.encoder.text(prompts).to(images.device)).sum(1)
-
-
-class Aesthetic(Reward):
-    """Aesthetic Predictor v2.5 (github.com/discus0434/aesthetic-predictor-v2-5): w . SigLIP(x) / ||SigLIP(x)|| + b.
-
-    The published head is five linear layers with dropout between them and no nonlinearity.
-    """
-
-    def __init__(self, name: str, encoder: Encoder, weights: dict[str, Tensor]):
-        super().__init__(name)
-        widths = [encoder.model.config.hidden_size, 1024, 128, 64, 16, 1]
-        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.Dropout(0.5))]
-        self.head = nn.Sequential(*layers[:-1])
-        self.head.load_state_dict({k.removeprefix("scoring_head."): v for k, v in weights.items()})
-        self.head.eval().requires_grad_(False).to(encoder.device)
-        self.encoder = encoder
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.head(self.encoder(images).to(self.encoder.device))[:, 0]
-
-
-class JPEG(Reward):
-    """Compressibility: the share of the raw 3 H W bytes that JPEG at quality 95 saves. Flat images score highest."""
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        sizes = [len(encoded(picture, "JPEG", quality=95)) for picture in pictures(images)]
-        return 1 - torch.tensor(sizes) / images[0].numel()
-
-
-class OCR(Reward):
-    """1 - d(target, read) / max(|target|, |read|), d the edit distance, case and white space ignored.
-
-    The target is all text in double quotes in the prompt, in order; RapidOCR reads the image from top to
-    bottom. Its ONNX models come inside its package, so nothing is downloaded. Raises ValueError for a
-    prompt without quoted text.
-    """
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        from rapidocr import RapidOCR
-
-        # as many threads as torch has: eight processes on a machine share its cores
-        threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
-        self.engine = RapidOCR(params={"Global.log_level": "critical", **threads})
-
-    def read(self, picture: Image.Image) -> str:
-        return " ".join(self.engine(picture).txts or ())
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        targets = [quoted(prompt) for prompt in prompts]  # all, before the first image is read
-        return torch.tensor([likeness(t, self.read(p)) for t, p in zip(targets, pictures(images))])
-
-
-def quoted(prompt: str) -> str:
-    """The text in double quotes, straight or curly."""
-    found = " ".join(re.findall(r'["“”]([^"“”]*)["“”]', prompt)).strip()
-    if not found:
-        raise ValueError(f"the OCR reward needs a prompt with the text in double quotes, got {prompt!r}")
-    return found
-
-
-def likeness(target: str, read: str) -> float:
-    """1 - edit distance / length of the longer, case and white space ignored; the target is not empty."""
-    a, b = ("".join(text.casefold().split()) for text in (target, read))
-    row = list(range(len(b) + 1))  # distances from a prefix of a to all prefixes of b
-    for i, letter in enumerate(a, 1):
-        corner, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (letter != other))
-    return 1 - row[-1] / max(len(a), len(b))
 
 
 class WeightedSum(Reward):
@@ -148,16 +52,6 @@ class WeightedSum(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         values = [checked(reward(images, prompts), reward.name, prompts) for reward in self.rewards]
         return sum(weight * value for weight, value in zip(self.weights, values))
-
-
-def pictures(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_bytes(images).cpu()]
-
-
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def cosine(name, source, encoder, device, dtype) -> Cosine:
@@ -185,13 +79,13 @@ def aesthetic(name, source, encoder, device, dtype) -> Aesthetic:
 
 
 def image_reward(name, source, encoder, device, dtype) -> Reward:
-    from ref.image_reward import load
+    from ref.scoring.image_reward import load
 
     return load(name, source, device, dtype)
 
 
 def unified_reward(name, source, encoder, device, dtype) -> Reward:
-    from ref.unified_reward import URL, UnifiedReward
+    from ref.scoring.unified_reward import URL, UnifiedReward
 
     return UnifiedReward(name, source or URL)
 

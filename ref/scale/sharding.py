@@ -8,13 +8,13 @@ when it ends; its gradient is summed over the processes on its way back to the p
 clipping work on the parts. A checkpoint holds whole tensors, so a run may go on with another number of
 processes.
 
-LoRA needs none of this: what it trains is small, and `layout.sum_gradients` sums it.
+LoRA needs none of this: what it trains is small, and `processes.sum_gradients` sums it.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ref.layout import in_parts, processes
+from ref.scale.processes import processes
 
 
 def shard(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -33,20 +33,3 @@ def shard(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the sum, not the mean: a process's loss is its share of the mean
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor that the processes hold in parts; all must ask. A tensor that is not in parts is returned as it is."""
-    return tensor.full_tensor() if in_parts(tensor) else tensor
-
-
-def like(value: Tensor, tensor: Tensor) -> Tensor:
-    """`value`, which every process has whole, in parts as `tensor` is.
-
-    `value` itself where `tensor` is whole, and where their shapes differ: AdamW's count of steps.
-    """
-    if not in_parts(tensor) or in_parts(value) or value.shape != tensor.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)

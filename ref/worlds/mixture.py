@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ref.layout import rank
+from ref.scale.processes import rank
 from ref.schedule import FlowSchedule, time_grid
 
 
@@ -173,7 +173,7 @@ def fixed_point(weight: float, reward_gap: float, feature_distance: float, bandw
 
 
 class MixtureFlow(nn.Module):
-    """The exact velocity plus a network that starts at exactly zero, with the five names of text2image.py.
+    """The exact velocity plus a network that starts at exactly zero, with the names of models/adapter.py.
 
     The residual is an MLP of x, t and t's first harmonics; `width` units in each of its two hidden
     layers. Latents are the images: decode is the identity. There is one prompt, "".

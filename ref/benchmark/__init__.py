@@ -1,0 +1,7 @@
+"""What training costs: seconds, FLOPs, memory; measured where it can be, computed where it cannot.
+
+measure    `python -m ref.benchmark`: an iteration's phases, utilisation, what PEC and PCVAE cost
+naive      the baseline beside it, written the field's usual way
+on_paper   FLOPs of the large presets, from shapes
+memory     `python -m ref.benchmark.memory`: GPU memory of the large presets, from shapes
+"""

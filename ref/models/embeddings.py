@@ -1,0 +1,118 @@
+"""Prompts' embeddings, computed once and kept on disk.
+
+The pipeline's own text encoders run once per prompt. T5-XXL is larger than SD3.5-Medium itself, so it is
+loaded alone, writes what it has to say to disk, and is gone before the transformer arrives; when every prompt
+is on disk already it is not loaded at all. Each prompt is encoded alone, so its embedding does not depend on
+its neighbours. A file's name is the SHA-256 of everything that decides its content: the prompt, the pipeline,
+its text encoders, the number of T5 tokens, the precision.
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from tqdm import tqdm
+
+from ref.models.hub import Source, hub_errors
+from ref.scale.checkpoint import atomic_write
+from ref.scale.memory import out_of_memory
+
+CACHE = Path.home() / ".cache" / "ref" / "prompt_embeddings"
+
+
+class PromptEmbeddings:
+    """prompts -> {"prompt_embeds": [B, L, E], "pooled_prompt_embeds": [B, P]}, read from a folder.
+
+    source, folder   the pipeline, and where its embeddings are kept (many pipelines can share a folder)
+    encode           (pipeline with text encoders, prompt, max_sequence_length) -> the two tensors of one prompt
+    negative         add those of the empty prompt, with "negative_" before their names, for guidance
+    keys             prompt -> hash, of the prompts added so far; a checkpoint can name them
+
+    Tensors are read when asked for, so that a prompt set larger than the memory is no hindrance.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        encode: Callable[[object, str, int], tuple[Tensor, Tensor]],
+        max_sequence_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        folder: Path | str | None = None,
+        negative: bool = False,
+    ):
+        self.source, self.encode, self.max_sequence_length = source, encode, max_sequence_length
+        self.dtype, self.device, self.negative = dtype, device, negative
+        self.folder = CACHE if folder is None else Path(folder)
+        self.keys: dict[str, str] = {}
+
+    def key(self, prompt: str) -> str:
+        """The content hash under which a prompt's embedding is kept."""
+        parts = [prompt, self.source.pipeline, self.source.identity, self.max_sequence_length, str(self.dtype)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def path(self, prompt: str) -> Path:
+        return self.folder / f"{self.key(prompt)}.safetensors"
+
+    def add(self, prompts: Iterable[str]) -> None:
+        """See to it that these prompts are on disk. Loads the text encoders only for those that are not.
+
+        Of several processes on a machine one encodes and the others wait for it.
+        """
+        prompts = list(dict.fromkeys([*prompts, *([""] if self.negative else [])]))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            missing = [p for p in prompts if not self.path(p).exists()]
+            if missing:
+                self.compute(missing)
+        self.keys |= {p: self.key(p) for p in prompts}
+
+    @torch.no_grad()
+    def compute(self, prompts: list[str]) -> None:
+        import diffusers
+
+        pipeline = getattr(diffusers, self.source.pipeline)
+        remedy = "encode the prompts on a larger GPU or on the CPU once: they stay in the cache"
+        with out_of_memory("while encoding the prompts", remedy):
+            with hub_errors(self.source.model):
+                text = pipeline.from_pretrained(self.source.model, transformer=None, vae=None, dtype=self.dtype)
+            text = text.to(self.device)
+            for prompt in tqdm(prompts, "prompt embeddings", disable=len(prompts) < 20):
+                embeds, pooled = self.encode(text, prompt, self.max_sequence_length)
+                tensors = {"prompt_embeds": embeds[0].contiguous(), "pooled_prompt_embeds": pooled[0].contiguous()}
+                content = to_bytes({name: value.cpu() for name, value in tensors.items()})
+                atomic_write(self.path(prompt), lambda temporary: temporary.write_bytes(content))
+        del text
+        gc.collect()  # a pipeline holds itself in a circle
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def read(self, prompt: str) -> dict[str, Tensor]:
+        path = self.path(prompt)
+        if not path.exists():
+            raise ValueError(
+                f"the prompt {prompt!r} has no embedding and the text encoders are not in memory any more; "
+                "give it to load(prompts=...), or to model.encode.add([...]), which loads them again"
+            )
+        try:
+            return load_file(path, device=str(self.device))
+        except SafetensorError as error:
+            raise OSError(f"{path} is damaged ({error}); delete it and start again") from error
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Raises ValueError for a prompt that was never added."""
+        rows = {prompt: self.read(prompt) for prompt in dict.fromkeys(prompts)}
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        conditioning = {name: torch.stack([rows[p][name] for p in prompts]) for name in names}
+        if self.negative:
+            empty = self.read("")
+            conditioning |= {f"negative_{n}": empty[n].expand(len(prompts), *empty[n].shape) for n in names}
+        return conditioning

@@ -1,0 +1,140 @@
+"""A round of samples, and what networks say of them.
+
+Which prompts, which noise, which micro-batches: all of it is a function of (seed, iteration, group). There is
+no generator state to save, no member of a group can get another's noise, and P processes draw the samples that
+one would.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ref.policy import Trajectory, rollout
+from ref.scale.processes import Share
+from ref.schedule import FlowSchedule
+from ref.settings import Settings
+
+
+def generator_for(*key) -> torch.Generator:
+    """A CPU generator whose seed is a hash of the key."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def pick_prompts(prompts: list[str], settings: Settings, iteration: int) -> list[str]:
+    """The G prompts of an iteration ; the list shuffled anew each time it is used up."""
+    first = iteration * settings.groups
+    picked, shuffled = [], {}
+    for n in range(first, first + settings.groups):
+        epoch, place = divmod(n, len(prompts))
+        if epoch not in shuffled:
+            shuffled[epoch] = torch.randperm(
+                len(prompts), generator=generator_for(settings.seed, "epoch", epoch)
+            ).tolist()
+        picked.append(prompts[shuffled[epoch][place]])
+    return picked
+
+
+def chunks(groups: int, group_size: int, updates: int, micro_batch: int) -> list[list[Tensor]]:
+    """Sample indices, first by optimiser step (whole groups), then by micro-batch. Raises ValueError for micro_batch 0."""
+    if micro_batch < 1:
+        raise ValueError("micro_batch 0 means the largest that fits; let scale.microbatch find it first")
+    parts = torch.arange(groups * group_size).view(groups, group_size).tensor_split(updates)
+    return [list(part.flatten().split(micro_batch)) for part in parts]
+
+
+@dataclass
+class Samples:
+    """Whole groups of finished samples, this process's. B = G K, group-major."""
+
+    prompts: list[str]  # [B]
+    conditioning: dict[str, Tensor]  # [G, ...]
+    trajectory: Trajectory
+    images: Tensor  # [B, C, H, W]
+
+    @property
+    def latents(self) -> Tensor:
+        return self.trajectory.x[-1]
+
+
+@torch.no_grad()
+def sample(
+    model,
+    prompts: list[str],
+    group_size: int,
+    schedule: FlowSchedule,
+    key: tuple,
+    layout: list[Tensor] | None = None,
+    groups: list[int] | None = None,
+    same_noise: bool = False,
+    lap: Callable[[str], None] = lambda phase: None,
+) -> Samples:
+    """K = group_size samples of each prompt. `key` and the group's number seed its noise.
+
+    layout lists the micro-batches (default: one); groups the numbers of the prompts' groups (0, 1, ...);
+    lap("encode"), lap("sample") and lap("decode") are called when these are done.
+    """
+    repeated = [p for p in prompts for _ in range(group_size)]
+    conditioning = model.encode(prompts)
+    lap("encode")
+    shape = (len(schedule) + 1, group_size, *model.latent_shape)
+    noise = torch.stack(
+        [torch.randn(shape, generator=generator_for(*key, g)) for g in groups or range(len(prompts))], dim=1
+    )
+    if same_noise:
+        noise[0] = noise[0, :, :1]
+    noise, device, parts = noise.flatten(1, 2), next(iter(conditioning.values())).device, []
+    for rows in layout or [torch.arange(len(repeated))]:
+        part = {name: value[rows // group_size] for name, value in conditioning.items()}
+        eps = noise[:, rows].to(device)
+        path = rollout(lambda x, sigma: model.velocity(x, sigma, part), schedule, eps[0], eps=eps[1:])
+        parts.append((path.x.cpu(), path.mean.cpu(), path.log_prob.cpu()))
+    trajectory = Trajectory(*(torch.cat(values, 1) for values in zip(*parts)), schedule.steps)
+    lap("sample")
+    images = model.decode(trajectory.x[-1].to(device)).cpu()
+    lap("decode")
+    return Samples(repeated, conditioning, trajectory, images)
+
+
+def draw(
+    model,
+    prompts: list[str],
+    schedule: FlowSchedule,
+    settings: Settings,
+    share: Share,
+    key: tuple,
+    layout: list,
+    **options,
+) -> Samples:
+    """This process's samples of an iteration, with the trajectory's densities of the trained steps; as `sample`."""
+    mine = [prompts[g] for g in share.mine]
+    rows = [rows for part in layout for rows in part]
+    samples = sample(model, mine, settings.group_size, schedule, key, rows, share.mine, settings.same_noise, **options)
+    path, S = samples.trajectory, sum(i < settings.trained * settings.steps for i in schedule.steps)
+    samples.trajectory = Trajectory(path.x, path.mean[:S], path.log_prob[:S], path.steps[:S])
+    return samples
+
+
+def checked(values: Tensor, what: str, prompts: list[str]) -> Tensor:
+    """`values` [B, ...], or a ValueError that names the network and the prompt of the first NaN or inf."""
+    bad = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
+    if bad.any():
+        raise ValueError(f"{what} returned a NaN or infinite value for the prompt {prompts[bad.nonzero()[0, 0]]!r}")
+    return values
+
+
+def scores(network: Callable, samples: Samples, share: Share, *inputs) -> Tensor:
+    """What a reward model or encoder says of the samples, of all processes, [G, K, ...].
+
+    Raises ValueError naming network and prompt for a NaN or infinite value.
+    """
+    values = checked(network(*inputs), name(network), samples.prompts).cpu()
+    return share.gather(values.unflatten(0, (len(share.mine), -1)))
+
+
+def name(network) -> str:
+    """How messages call a reward model or encoder."""
+    return getattr(network, "name", None) or getattr(network, "__name__", type(network).__name__)

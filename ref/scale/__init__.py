@@ -1,0 +1,10 @@
+"""Many processes, large models, being killed: what a run needs whatever it trains. Knows nothing of the paper.
+
+processes    which process owns which groups, and the two things that are exchanged
+weights      trained weights by name, whole or in parts
+sharding     all weights in parts on several GPUs (FSDP2)
+checkpoint   atomic files, signals
+microbatch   the largest micro-batch, by trial
+memory       running out of it, in one line
+stopwatch    seconds and memory of an iteration's phases
+"""

@@ -1,0 +1,33 @@
+"""What all rewards share: images [B, 3, H, W] in [0, 1] and prompts [B] -> scores [B], float32."""
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ref.scoring.encoders import blank_bad, to_bytes
+
+
+class Reward(nn.Module):
+    """A subclass gives `score(images, prompts) -> [B]`; no sample's score depends on the others."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        if len(images) != len(prompts):
+            raise ValueError(f"{self.name} needs one prompt for each image, got {len(images)} and {len(prompts)}")
+        return blank_bad(self.score(images, prompts).float().to(images.device), images)
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_bytes(images).cpu()]
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()

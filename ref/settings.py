@@ -1,0 +1,80 @@
+"""Everything that decides a run besides model, reward, encoder and method.
+
+Each setting is declared once, here: name, type, range, default, and the comment that says what it is. The
+constructor, the command line (options.py) and run.json all read this declaration.
+"""
+
+import functools
+from typing import Annotated, Literal, Self
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from ref.schedule import Kind
+
+
+def in_one_line(declared: type) -> type:
+    """Let a pydantic class refuse what it is given in one line: 'lr must be a finite number, got nan'."""
+    make = declared.__init__
+
+    @functools.wraps(make)
+    def __init__(self, *values, **named):
+        try:
+            make(self, *values, **named)
+        except ValidationError as error:
+            raise ValueError("; ".join(map(one_line, error.errors()))) from None
+
+    declared.__init__ = __init__
+    return declared
+
+
+def one_line(error: dict) -> str:
+    """One of pydantic's errors in words."""
+    name = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and part.isidentifier())
+    if error["type"] == "value_error":  # our own words
+        return str(error["ctx"]["error"])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"there is no option {name}"
+    if error["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{name} is missing"
+    return f"{error['msg'].replace('Input should', f'{name} must', 1)}, got {error['input']!r}"
+
+
+@in_one_line
+@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
+class Settings:
+    """The settings of a run. Raises ValueError in one line that names the setting, its range and what it got."""
+
+    iterations: Annotated[int, Ge(0), Le(10**9)] = 100  # optimisation rounds
+    groups: Annotated[int, Ge(1), Le(10**4)] = 10  # G, prompts an iteration
+    group_size: Annotated[int, Ge(2), Le(10**4)] = 16  # K, samples a prompt; one has no group to be compared with
+    updates: Annotated[int, Ge(1)] = 2  # optimiser steps an iteration; each sees groups / updates whole groups
+    micro_batch: Annotated[int, Ge(0)] = 1024  # samples in one forward pass; gradients accumulate. 0: found by trial
+    steps: Annotated[int, Ge(2), Le(10**4)] = 10  # N, denoising steps
+    kind: Kind = "flow_sde"  # kernel, see schedule.py
+    noise_level: Annotated[float, Ge(0), Le(100)] = 0.7  # eta of the kernel
+    window: Annotated[int, Ge(1)] | None = None  # train only this many consecutive steps, placed anew each iteration
+    trained: Annotated[float, Gt(0), Le(1)] = 1.0  # train this share of the steps, from the noise on (DanceGRPO 0.6)
+    same_noise: bool = False  # the members of a group start from the same x_0 (DanceGRPO)
+    lr: Annotated[float, Ge(0), Le(10)] = 3e-4  # AdamW's learning rate
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: falling to 0 at the last iteration
+    clip: Annotated[float, Gt(0), Le(100)] = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
+    advantage_clip: Annotated[float, Gt(0), Le(10**6)] = 5.0  # advantages are clipped to +- this
+    std_normalize: bool = True  # divide advantages by the group's standard deviation
+    grad_clip: Annotated[float, Gt(0), Le(10**6)] = 1.0  # largest gradient norm
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay, once an optimiser step, of the averages that are saved; 0 is off
+    omega: Literal["uniform", "variance"] = "uniform"  # weights over steps of PEC and PCVAE; variance: as s_i^2
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Self:
+        if self.updates > self.groups:
+            raise ValueError(f"updates ({self.updates}) cannot exceed groups ({self.groups}): each takes whole groups")
+        if self.window is not None and self.window > self.steps - 1:
+            raise ValueError(
+                f"window must lie in 1..{self.steps - 1} (the last step is deterministic), got {self.window}"
+            )
+        if self.trained < 1 and self.window is not None:
+            raise ValueError("window and trained both choose the steps to train; give one of them")
+        return self

@@ -1,0 +1,8 @@
+"""Worlds where everything is known, or seen at a glance.
+
+mixture        Gaussian mixtures with the exact velocity; the replicator flow
+two_modes      two modes under PEC and GRPO, exactly, at finite group size
+digits         SD3's own classes on scanned digits: model, reward, phi, judge
+digits_base    the training of their base weights
+figures        pictures of these worlds
+"""
