@@ -20,35 +20,41 @@ and differential entropy -inf, which is true and is reported; sums leave these s
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ref.policy import reduce
 from ref.schedule import FlowSchedule
 
 
-def log_normalizer(schedule: FlowSchedule, dim: int) -> Tensor:
+def log_normalizer(schedule: FlowSchedule, dim: int) -> Float[Tensor, " N"]:
     """C_i = -(d/2) log(2 pi s_i^2), [N], nats; +inf at deterministic steps. Project page, H = d/2 - C_t."""
     return -0.5 * dim * (2 * math.pi * schedule.std.double().square()).log()
 
 
-def policy_entropy(schedule: FlowSchedule, dim: int, reduction: str = "sum") -> Tensor:
+def policy_entropy(schedule: FlowSchedule, dim: int, reduction: str = "sum") -> Float[Tensor, " N"]:
     """H_i = d/2 - C_i of every transition, [N], nats, float64; divided by d when reduction is "mean"."""
     entropy = dim / 2 - log_normalizer(schedule, dim)
     return entropy if reduction == "sum" else entropy / dim
 
 
-def path_entropy(schedule: FlowSchedule, dim: int) -> Tensor:
+def path_entropy(schedule: FlowSchedule, dim: int) -> Float[Tensor, ""]:
     """H(x_0) + sum of H_i over the stochastic steps, 0-d, nats, for x_0 ~ N(0, I) (proofs/P02)."""
     start = 0.5 * dim * math.log(2 * math.pi * math.e)
     return start + policy_entropy(schedule, dim)[list(schedule.steps)].sum()
 
 
-def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor | float, reduction: str = "mean") -> Tensor:
+def gaussian_kl(
+    mean: Float[Tensor, " B *latent"],
+    other: Float[Tensor, " B *latent"],
+    std: Float[Tensor, ""] | float,
+    reduction: str = "mean",
+) -> Float[Tensor, " B"]:
     """KL(N(mean, std^2 I) || N(other, std^2 I)), [B], nats; symmetric in the means (proofs/P05)."""
     return reduce(((mean - other) / std).square() / 2, reduction)
 
 
-def knn_entropy(x: Tensor, k: int = 3) -> Tensor:
+def knn_entropy(x: Float[Tensor, "n d"], k: int = 3) -> Float[Tensor, ""]:
     """Differential entropy (0-d, nats) of the density behind samples x [n, d].
 
     Kozachenko and Leonenko's estimate from the distance to the k-th neighbour, in the form of

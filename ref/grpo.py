@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ref import metrics
@@ -53,9 +54,9 @@ class State:
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: Samples | None = None
-    reward: Tensor | None = None  # [G, K]
-    features: Tensor | None = None  # [G, K, D]
-    advantages: Tensor | None = None  # [G, K, S]
+    reward: Float[Tensor, "G K"] | None = None
+    features: Float[Tensor, "G K D"] | None = None
+    advantages: Float[Tensor, "G K S"] | None = None
 
     def state_dict(self) -> dict:
         return {
@@ -100,7 +101,7 @@ def start(model, settings: Settings) -> State:
     return State(model, optimizer, ema=copied(weights) if settings.ema else None)
 
 
-def advantages(reward: Tensor, clip: float = 5.0, std_normalize: bool = True) -> Tensor:
+def advantages(reward: Float[Tensor, "G K S"], clip: float = 5.0, std_normalize: bool = True) -> Float[Tensor, "G K S"]:
     """Group-relative advantages of shaped rewards [G, K, S], normalised over K; 0 where a group has no spread."""
     centred = reward - reward.mean(1, keepdim=True)
     if std_normalize:
@@ -109,7 +110,7 @@ def advantages(reward: Tensor, clip: float = 5.0, std_normalize: bool = True) ->
     return centred.masked_fill(flat, 0).clamp(-clip, clip)
 
 
-def step_weights(schedule: FlowSchedule, omega: str, steps: tuple[int, ...] | None = None) -> Tensor:
+def step_weights(schedule: FlowSchedule, omega: str, steps: tuple[int, ...] | None = None) -> Float[Tensor, " S"]:
     """omega_t of the trained steps (default: all stochastic ones), [S], mean 1."""
     variance = schedule.std[list(steps or schedule.steps)].square()
     return variance / variance.mean() if omega == "variance" else torch.ones_like(variance)
@@ -200,8 +201,8 @@ def update(
     method: FlowGRPO,
     schedule: FlowSchedule,
     samples: Samples,
-    advantage: Tensor,
-    pair: Tensor,
+    advantage: Float[Tensor, "B S"],
+    pair: Float[Tensor, "B S"],
     part: list[Tensor],
     state: State,
     settings: Settings,

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ref.entropy import gaussian_kl
@@ -38,23 +39,23 @@ SPACES = ("latent", "perceptual", "kernel")
 class Group:
     """What a method may know of an iteration's samples, whole groups of it.
 
-    reward           [G, K]     R(x^k, c)
-    features         [G, K, D]  phi(x^k) of the finished images (None when no encoder was given)
-    bandwidth        h          calibrated on the base model
-    policy_log_prob  [G, K, S]  log p_theta(x_{i+1} | x_i) at sampling, per latent dimension
-    omega            [S]        step weights with mean 1
-    generator                   seeded by the iteration, for methods that draw
+    reward           R(x^k, c)
+    features         phi(x^k) of the finished images (None when no encoder was given)
+    bandwidth        h, calibrated on the base model
+    policy_log_prob  log p_theta(x_{i+1} | x_i) at sampling, per latent dimension
+    omega            step weights with mean 1
+    generator        seeded by the iteration, for methods that draw
     """
 
-    reward: Tensor
-    features: Tensor | None
+    reward: Float[Tensor, "G K"]
+    features: Float[Tensor, "G K D"] | None
     bandwidth: float | None
-    policy_log_prob: Tensor
-    omega: Tensor
+    policy_log_prob: Float[Tensor, "G K S"]
+    omega: Float[Tensor, " S"]
     generator: torch.Generator | None = None
 
-    def log_prob(self, space: str) -> Tensor:
-        """The log-density of a space [G, K, S], per dimension, so that lambda carries over between encoders."""
+    def log_prob(self, space: str) -> Float[Tensor, "G K S"]:
+        """The log-density of a space, per dimension, so that lambda carries over between encoders."""
         if space == "latent":
             return self.policy_log_prob
         density = kernel_log_prob if space == "kernel" else perceptual_log_prob
@@ -65,22 +66,23 @@ class Group:
 class Step:
     """One trained step of a micro-batch. log_prob and mean carry gradients, the rest does not.
 
-    log_prob, old_log_prob, advantage, pair   [B]       pair is what `select` returned
-    mean, old_mean, reference_mean            [B, ...]  reference_mean only if `needs_reference`
-    std                                       s_i, 0-d
+    pair                    what `select` returned
+    mean, old_mean          None where no loss looks at them
+    reference_mean          only if `needs_reference`
+    std                     s_i
     """
 
-    log_prob: Tensor
-    old_log_prob: Tensor
-    advantage: Tensor
-    pair: Tensor
-    mean: Tensor
-    old_mean: Tensor
-    reference_mean: Tensor | None
-    std: Tensor
+    log_prob: Float[Tensor, " B"]
+    old_log_prob: Float[Tensor, " B"]
+    advantage: Float[Tensor, " B"]
+    pair: Float[Tensor, " B"]
+    mean: Float[Tensor, " B *latent"] | None
+    old_mean: Float[Tensor, " B *latent"] | None
+    reference_mean: Float[Tensor, " B *latent"] | None
+    std: Float[Tensor, ""]
 
     @cached_property
-    def ratio(self) -> Tensor:
+    def ratio(self) -> Float[Tensor, " B"]:
         return (self.log_prob - self.old_log_prob).exp()
 
 
@@ -110,18 +112,18 @@ class FlowGRPO:
         self.space = space or self.default_space
         self.low, self.high = 1 - clip, 1 + clip
 
-    def shape(self, group: Group) -> Tensor:
+    def shape(self, group: Group) -> Float[Tensor, "G K S"]:
         return group.reward[..., None].expand_as(group.policy_log_prob)
 
-    def select(self, group: Group, advantages: Tensor) -> Tensor:
+    def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
         return torch.ones_like(advantages)
 
-    def pair_loss(self, step: Step) -> Tensor:
-        """The clipped policy gradient of every pair, [B]."""
+    def pair_loss(self, step: Step) -> Float[Tensor, " B"]:
+        """The clipped policy gradient of every pair."""
         clipped = step.ratio.clamp(self.low, self.high)
         return -torch.minimum(step.ratio * step.advantage, clipped * step.advantage)
 
-    def loss(self, step: Step) -> Tensor:
+    def loss(self, step: Step) -> Float[Tensor, ""]:
         return self.pair_loss(step).mean()
 
 
@@ -131,7 +133,7 @@ class FlowGRPOKL(FlowGRPO):
     default_weight = 0.01
     needs_reference = True
 
-    def loss(self, step: Step) -> Tensor:
+    def loss(self, step: Step) -> Float[Tensor, ""]:
         return super().loss(step) + self.weight * gaussian_kl(step.mean, step.reference_mean, step.std).mean()
 
 
@@ -157,20 +159,20 @@ class EntropyReg(FlowGRPO):
     default_weight = 0.05
     default_space = "latent"
 
-    def select(self, group: Group, advantages: Tensor) -> Tensor:
+    def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
         log_prob = group.omega * group.log_prob(self.space)
         return log_prob.mean(1, keepdim=True) - log_prob
 
-    def loss(self, step: Step) -> Tensor:
+    def loss(self, step: Step) -> Float[Tensor, ""]:
         return super().loss(step) - self.weight * (step.ratio * step.pair).mean()
 
 
-def covariance(log_prob: Tensor, advantages: Tensor) -> Tensor:
-    """(log p - mean log p)(A - mean A) of every pair, [G, K, S], both centred per step over the batch."""
+def covariance(log_prob: Float[Tensor, "G K S"], advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
+    """(log p - mean log p)(A - mean A) of every pair, both centred per step over the batch."""
     return (log_prob - log_prob.mean((0, 1))) * (advantages - advantages.mean((0, 1)))
 
 
-def top(values: Tensor, fraction: float) -> Tensor:
+def top(values: Float[Tensor, "..."], fraction: float) -> Int[Tensor, " chosen"]:
     """Flat indices of the round(fraction n) largest of n values, largest first."""
     return values.flatten().topk(round(fraction * values.numel())).indices
 
@@ -187,14 +189,14 @@ class ClipCov(FlowGRPO):
     largest_weight = 1.0
     default_space = "latent"
 
-    def select(self, group: Group, advantages: Tensor) -> Tensor:
+    def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
         candidates = top(covariance(group.log_prob(self.space), advantages), max(0.2, self.weight))
         drawn = torch.randperm(len(candidates), generator=group.generator)[: round(self.weight * advantages.numel())]
         keep = torch.ones(advantages.numel(), device=advantages.device)
         keep[candidates[drawn.to(candidates.device)]] = 0
         return keep.view_as(advantages)
 
-    def loss(self, step: Step) -> Tensor:
+    def loss(self, step: Step) -> Float[Tensor, ""]:
         return (self.pair_loss(step) * step.pair).mean()
 
 
@@ -208,12 +210,12 @@ class KLCov(FlowGRPO):
     default_weight = 1.0
     default_space = "latent"
 
-    def select(self, group: Group, advantages: Tensor) -> Tensor:
+    def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
         chosen = torch.zeros(advantages.numel(), device=advantages.device)
         chosen[top(covariance(group.log_prob(self.space), advantages), 0.2)] = 1
         return chosen.view_as(advantages)
 
-    def loss(self, step: Step) -> Tensor:
+    def loss(self, step: Step) -> Float[Tensor, ""]:
         kl = gaussian_kl(step.mean, step.old_mean, step.std)
         return super().loss(step) + self.weight * (kl * step.pair).mean()
 
@@ -227,7 +229,7 @@ class PEC(FlowGRPO):
     default_weight = 0.05
     default_space = "perceptual"
 
-    def shape(self, group: Group) -> Tensor:
+    def shape(self, group: Group) -> Float[Tensor, "G K S"]:
         return super().shape(group) - self.weight * group.omega * group.log_prob(self.space)
 
 
@@ -242,7 +244,7 @@ class PCVAE(FlowGRPO):
     default_weight = 0.03
     default_space = "perceptual"
 
-    def shape(self, group: Group) -> Tensor:
+    def shape(self, group: Group) -> Float[Tensor, "G K S"]:
         kl = group.log_prob(self.space) - group.policy_log_prob
         return super().shape(group) - self.weight * group.omega * kl
 
@@ -257,7 +259,7 @@ class NaiveKL(FlowGRPO):
 
     default_weight = 0.03
 
-    def loss(self, step: Step) -> Tensor:
+    def loss(self, step: Step) -> Float[Tensor, ""]:
         return super().loss(step) - self.weight * step.log_prob.mean()
 
 

@@ -15,26 +15,27 @@ import csv
 import io
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ref.perceptual import deviations
 
 
-def feature_variance(phi: Tensor) -> Tensor:
-    """Trace of the (unbiased) covariance of every group, [G, K, D] -> [G]."""
+def feature_variance(phi: Float[Tensor, "G K D"]) -> Float[Tensor, " G"]:
+    """Trace of the (unbiased) covariance of every group."""
     return deviations(phi).square().sum((1, 2)) / (phi.shape[1] - 1)
 
 
-def mean_pairwise_distance(phi: Tensor) -> Tensor:
-    """Mean L2 distance over the K (K - 1) ordered pairs of a group, [G, K, D] -> [G]."""
+def mean_pairwise_distance(phi: Float[Tensor, "G K D"]) -> Float[Tensor, " G"]:
+    """Mean L2 distance over the K (K - 1) ordered pairs of a group."""
     deviations(phi)  # checks the shape
     K = phi.shape[1]
     distance = torch.cdist(phi, phi, compute_mode="donot_use_mm_for_euclid_dist")
     return distance.sum((1, 2)) / (K * (K - 1))
 
 
-def vendi_score(phi: Tensor) -> Tensor:
-    """Effective number of distinct samples, between 1 and K, [G, K, D] -> [G] (arXiv 2210.02410).
+def vendi_score(phi: Float[Tensor, "G K D"]) -> Float[Tensor, " G"]:
+    """Effective number of distinct samples, between 1 and K (arXiv 2210.02410).
 
     exp of the entropy of the eigenvalues of the cosine-similarity matrix divided by K.
     """

@@ -25,11 +25,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def deviations(phi: Tensor, leave_one_out: bool = False) -> Tensor:
-    """phi_k - m, [G, K, D]; with leave_one_out, m is the mean of the other K - 1 samples (proofs/P09).
+def deviations(phi: Float[Tensor, "G K D"], leave_one_out: bool = False) -> Float[Tensor, "G K D"]:
+    """phi_k - m; with leave_one_out, m is the mean of the other K - 1 samples (proofs/P09).
 
     Raises ValueError unless phi is [G, K, D] with K >= 2: one sample has no diversity.
     """
@@ -39,21 +40,23 @@ def deviations(phi: Tensor, leave_one_out: bool = False) -> Tensor:
     return (phi - phi.mean(1, keepdim=True)) * (K / (K - 1) if leave_one_out else 1)
 
 
-def perceptual_log_prob(phi: Tensor, bandwidth: float, reduction: str = "sum", leave_one_out: bool = False) -> Tensor:
-    """log p_perc of every sample under its own group, phi [G, K, D] -> [G, K]."""
+def perceptual_log_prob(
+    phi: Float[Tensor, "G K D"], bandwidth: float, reduction: str = "sum", leave_one_out: bool = False
+) -> Float[Tensor, "G K"]:
+    """log p_perc of every sample under its own group."""
     D = phi.shape[-1]
     squared = deviations(phi, leave_one_out).square().sum(-1)
     log_prob = -squared / (2 * bandwidth**2) - D / 2 * math.log(2 * math.pi * bandwidth**2)
     return log_prob if reduction == "sum" else log_prob / D
 
 
-def perceptual_entropy(phi: Tensor, bandwidth: float, reduction: str = "sum") -> Tensor:
-    """H_perc = -mean_k log p_perc of every group, phi [G, K, D] -> [G]."""
+def perceptual_entropy(phi: Float[Tensor, "G K D"], bandwidth: float, reduction: str = "sum") -> Float[Tensor, " G"]:
+    """H_perc = -mean_k log p_perc of every group."""
     return -perceptual_log_prob(phi, bandwidth, reduction).mean(1)
 
 
-def kernel_log_prob(phi: Tensor, bandwidth: float, reduction: str = "sum") -> Tensor:
-    """Leave-one-out kernel density of every sample, [G, K, D] -> [G, K] (proofs/P12).
+def kernel_log_prob(phi: Float[Tensor, "G K D"], bandwidth: float, reduction: str = "sum") -> Float[Tensor, "G K"]:
+    """Leave-one-out kernel density of every sample (proofs/P12).
 
     log of the mean over the other samples j of N(phi_k; phi_j, h^2 I). Where the Gaussian above sees
     only how far samples lie from their mean, this one sees how many others are near.
@@ -66,8 +69,8 @@ def kernel_log_prob(phi: Tensor, bandwidth: float, reduction: str = "sum") -> Te
     return log_prob if reduction == "sum" else log_prob / D
 
 
-def calibrate(phi: Tensor) -> float:
-    """The bandwidth h with D h^2 = mean group variance of phi [G, K, D], features of the *base* model.
+def calibrate(phi: Float[Tensor, "G K D"]) -> float:
+    """The bandwidth h with D h^2 = mean group variance of phi, features of the *base* model.
 
     Raises ValueError when all features of every group agree: there is no scale to calibrate to.
     """
@@ -85,7 +88,7 @@ class EntropyLaw:
     b: float
     r2: float
 
-    def __call__(self, entropy: Tensor) -> Tensor:
+    def __call__(self, entropy: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return self.b - self.a * entropy.exp()
 
 

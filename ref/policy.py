@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ref.schedule import FlowSchedule
@@ -24,16 +25,21 @@ from ref.schedule import FlowSchedule
 REDUCTIONS = ("sum", "mean")
 
 
-def reduce(values: Tensor, reduction: str) -> Tensor:
-    """Sum or average [B, ...] over all but the first dimension -> [B]. Raises ValueError otherwise."""
+def reduce(values: Float[Tensor, " B *latent"], reduction: str) -> Float[Tensor, " B"]:
+    """Sum or average over all but the first dimension. Raises ValueError otherwise."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     values = values.flatten(1)
     return values.sum(1) if reduction == "sum" else values.mean(1)
 
 
-def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor | float, reduction: str = "mean") -> Tensor:
-    """log N(x; mean, std^2 I) in nats, [B] for x and mean [B, ...], std a positive scalar.
+def gaussian_log_prob(
+    x: Float[Tensor, " B *latent"],
+    mean: Float[Tensor, " B *latent"],
+    std: Float[Tensor, ""] | float,
+    reduction: str = "mean",
+) -> Float[Tensor, " B"]:
+    """log N(x; mean, std^2 I) in nats, std > 0.
 
     reduction "sum" is the joint log-density, "mean" is that divided by the dimension d.
     """
@@ -44,15 +50,15 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor | float, reduction: s
 
 def sde_step(
     schedule: FlowSchedule,
-    x: Tensor,
-    velocity: Tensor,
+    x: Float[Tensor, " B *latent"],
+    velocity: Float[Tensor, " B *latent"],
     i: int,
     generator: torch.Generator | None = None,
-    eps: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step of the policy: (x_{i+1}, mu_i), both [B, ...]. Deterministic steps return (mu_i, mu_i).
+    eps: Float[Tensor, " B *latent"] | None = None,
+) -> tuple[Float[Tensor, " B *latent"], Float[Tensor, " B *latent"]]:
+    """One step of the policy: (x_{i+1}, mu_i). Deterministic steps return (mu_i, mu_i).
 
-    The noise is `eps` [B, ...] where it is given, else drawn from `generator`.
+    The noise is `eps` where it is given, else drawn from `generator`.
     """
     mean = schedule.mean(x, velocity, i)
     if i not in schedule.steps:
@@ -67,14 +73,14 @@ def sde_step(
 class Trajectory:
     """What a rollout leaves behind. S is the number of stochastic steps, listed in `steps`.
 
-    x         [N+1, B, ...]  states from noise x[0] to image latents x[-1]
-    mean      [S, B, ...]    mu_i of the stochastic steps at sampling time
-    log_prob  [S, B]         log p(x_{i+1} | x_i) at sampling time, reduced as asked
+    x         states from noise x[0] to image latents x[-1]
+    mean      mu_i of the stochastic steps at sampling time
+    log_prob  log p(x_{i+1} | x_i) at sampling time, reduced as asked
     """
 
-    x: Tensor
-    mean: Tensor
-    log_prob: Tensor
+    x: Float[Tensor, "states B *latent"]
+    mean: Float[Tensor, "S B *latent"]
+    log_prob: Float[Tensor, "S B"]
     steps: tuple[int, ...]
 
 
@@ -82,14 +88,14 @@ class Trajectory:
 def rollout(
     velocity: Callable[[Tensor, Tensor], Tensor],
     schedule: FlowSchedule,
-    noise: Tensor,
+    noise: Float[Tensor, " B *latent"],
     generator: torch.Generator | None = None,
     reduction: str = "mean",
-    eps: Tensor | None = None,
+    eps: Float[Tensor, "N B *latent"] | None = None,
 ) -> Trajectory:
-    """Sample the policy from x_0 = noise [B, ...] to x_N. `velocity(x, sigma)` gets a 0-d sigma.
+    """Sample the policy from x_0 = noise to x_N. `velocity(x, sigma)` gets a 0-d sigma.
 
-    The steps' noise is `eps` [N, B, ...] where it is given, else drawn from `generator`.
+    The steps' noise is `eps` where it is given, else drawn from `generator`.
     """
     x, states, means, log_probs = noise, [noise], [], []
     for i in range(len(schedule)):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ref.policy import Trajectory, rollout
@@ -53,10 +54,10 @@ class Samples:
     prompts: list[str]  # [B]
     conditioning: dict[str, Tensor]  # [G, ...]
     trajectory: Trajectory
-    images: Tensor  # [B, C, H, W]
+    images: Float[Tensor, "B ..."]
 
     @property
-    def latents(self) -> Tensor:
+    def latents(self) -> Float[Tensor, " B *latent"]:
         return self.trajectory.x[-1]
 
 
@@ -118,16 +119,16 @@ def draw(
     return samples
 
 
-def checked(values: Tensor, what: str, prompts: list[str]) -> Tensor:
-    """`values` [B, ...], or a ValueError that names the network and the prompt of the first NaN or inf."""
+def checked(values: Float[Tensor, "B ..."], what: str, prompts: list[str]) -> Float[Tensor, "B ..."]:
+    """`values`, or a ValueError that names the network and the prompt of the first NaN or inf."""
     bad = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
     if bad.any():
         raise ValueError(f"{what} returned a NaN or infinite value for the prompt {prompts[bad.nonzero()[0, 0]]!r}")
     return values
 
 
-def scores(network: Callable, samples: Samples, share: Share, *inputs) -> Tensor:
-    """What a reward model or encoder says of the samples, of all processes, [G, K, ...].
+def scores(network: Callable, samples: Samples, share: Share, *inputs) -> Float[Tensor, "G K ..."]:
+    """What a reward model or encoder says of the samples, of all processes.
 
     Raises ValueError naming network and prompt for a NaN or infinite value.
     """

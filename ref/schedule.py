@@ -38,14 +38,15 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Kind = Literal["flow_sde", "dance_sde", "cps"]
 KINDS = get_args(Kind)
 
 
-def time_grid(steps: int, shift: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Noise levels [steps + 1] from 1 to 0, evenly spaced and then shifted towards noise.
+def time_grid(steps: int, shift: float = 1.0, dtype: torch.dtype = torch.float32) -> Float[Tensor, " {steps}+1"]:
+    """Noise levels from 1 to 0, evenly spaced and then shifted towards noise.
 
     sigma -> shift sigma / (1 + (shift - 1) sigma); shift = 3 is the choice of SD3 (arXiv 2403.03206)
     and of DanceGRPO's FLUX recipe. Raises ValueError unless steps >= 1 and shift > 0.
@@ -71,7 +72,7 @@ class FlowSchedule:
     Coefficients are computed in float64. Raises ValueError on a bad grid, kind, level or window.
     """
 
-    sigmas: Tensor
+    sigmas: Float[Tensor, " levels"]
     kind: str = "flow_sde"
     noise_level: float = 0.7
     sde_window: tuple[int, int] | None = None
@@ -111,12 +112,14 @@ class FlowSchedule:
             object.__setattr__(self, name, value)
 
     @property
-    def dt(self) -> Tensor:
-        """[N], the positive step sizes sigma_i - sigma_{i+1}."""
+    def dt(self) -> Float[Tensor, " N"]:
+        """The positive step sizes sigma_i - sigma_{i+1}."""
         return self.sigmas[:-1] - self.sigmas[1:]
 
-    def mean(self, x: Tensor, velocity: Tensor, i: int) -> Tensor:
-        """mu_i = a_i x + b_i v, the mean [B, ...] of x_{i+1} given x_i = x; float32 at least."""
+    def mean(
+        self, x: Float[Tensor, " B *latent"], velocity: Float[Tensor, " B *latent"], i: int
+    ) -> Float[Tensor, " B *latent"]:
+        """mu_i = a_i x + b_i v, the mean of x_{i+1} given x_i = x; float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return self._a[i] * x.to(dtype) + self._b[i] * velocity.to(dtype)
 

@@ -5,7 +5,7 @@ constructor, the command line (options.py) and run.json all read this declaratio
 """
 
 import functools
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, ValidationError, model_validator
@@ -68,7 +68,7 @@ class Settings:
     seed: int = 0
 
     @model_validator(mode="after")
-    def fits_together(self) -> Self:
+    def fits_together(self) -> "Settings":
         if self.updates > self.groups:
             raise ValueError(f"updates ({self.updates}) cannot exceed groups ({self.groups}): each takes whole groups")
         if self.window is not None and self.window > self.steps - 1:

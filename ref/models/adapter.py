@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ref.scale.checkpoint import atomic_write, snapshot
@@ -110,8 +111,8 @@ class TextToImage(nn.Module):
         grid = self.grid(steps) if self.shift is None else time_grid(steps, self.shift)
         return FlowSchedule(grid, **kernel)
 
-    def grid(self, steps: int) -> Tensor:
-        """The noise levels [steps + 1] that the stock pipeline would use for this image size."""
+    def grid(self, steps: int) -> Float[Tensor, " {steps}+1"]:
+        """The noise levels that the stock pipeline would use for this image size."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         config, options = self.scheduler.config, {}
@@ -125,7 +126,9 @@ class TextToImage(nn.Module):
         """Noise levels that the pipeline hands to its scheduler; None: it leaves them to the scheduler."""
         return None
 
-    def forward(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, " B *latent"], sigma: Float[Tensor, ""] | float, conditioning: dict[str, Tensor]
+    ) -> Float[Tensor, " B *latent"]:
         """The same as velocity, for wrappers that know only forward."""
         return self.velocity(x, sigma, conditioning)
 
@@ -153,8 +156,8 @@ class TextToImage(nn.Module):
         self.compiled = True
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents [B, ...] -> images [B, C, H, W] in [0, 1]."""
+    def decode(self, x: Float[Tensor, " B *latent"]) -> Float[Tensor, "B C H W"]:
+        """Latents -> images in [0, 1]."""
         config, images = self.vae.config, []
         with out_of_memory("in the VAE", "give a smaller --decode-batch, or add --tiling"):
             for part in x.split(self.decode_batch or len(x)):
@@ -162,8 +165,8 @@ class TextToImage(nn.Module):
                 images.append((self.vae.decode(part, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """x -> latents [B, C, h, w]."""
+    def unpack(self, x: Float[Tensor, " B *latent"]) -> Float[Tensor, "B C h w"]:
+        """x as the VAE takes it."""
         return x
 
     def add_lora(self, rank: int, alpha: float, seed: int = 0) -> None:

@@ -5,6 +5,7 @@ reads and writes. Entropies per dimension and ratios do not see the packing.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ref.models.adapter import TextToImage
@@ -52,14 +53,16 @@ class Flux(TextToImage):
     def unshifted(self, steps: int) -> list[float]:
         return torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
 
-    def unpack(self, x: Tensor) -> Tensor:
+    def unpack(self, x: Float[Tensor, "B L 4C"]) -> Float[Tensor, "B C h w"]:
         from diffusers import FluxPipeline
 
         height, width = self.latent_size
         return FluxPipeline._unpack_latents(x, height, width, vae_scale_factor=1)
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """v_theta [B, L, 4 C] in float32. sigma is a 0-d tensor or a float."""
+    def velocity(
+        self, x: Float[Tensor, "B L 4C"], sigma: Float[Tensor, ""] | float, conditioning: dict[str, Tensor]
+    ) -> Float[Tensor, "B L 4C"]:
+        """v_theta in float32."""
         embeds = conditioning["prompt_embeds"]
         time = torch.ones((), device=x.device) * sigma
         self.transformer.time_text_embed.exact_time = (1000 * time).expand(len(x))

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: the velocity with classifier-free guidance, and what is trained."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ref.models.adapter import TextToImage
@@ -40,8 +41,10 @@ class SD3(TextToImage):
         )
         return embeds, pooled
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """v_theta [B, C, h, w] in float32. sigma is a 0-d tensor or a float."""
+    def velocity(
+        self, x: Float[Tensor, "B C h w"], sigma: Float[Tensor, ""] | float, conditioning: dict[str, Tensor]
+    ) -> Float[Tensor, "B C h w"]:
+        """v_theta in float32."""
         embeds, pooled = conditioning["prompt_embeds"], conditioning["pooled_prompt_embeds"]
         guided = self.guidance_scale > 1
         if guided:

@@ -33,6 +33,7 @@ from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -50,13 +51,13 @@ HPS_FILE = "HPS_v2.1_compressed.pt"
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's pixels
 
 
-def to_bytes(images: Tensor) -> Tensor:
+def to_bytes(images: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
     """Images in [0, 1] -> uint8, rounded and clamped."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def blank_bad(values: Tensor, images: Tensor) -> Tensor:
-    """`values` [B, ...] with NaN for every image that holds one: 8-bit pixels would hide it."""
+def blank_bad(values: Float[Tensor, "B ..."], images: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+    """`values` with NaN for every image that holds one: 8-bit pixels would hide it."""
     bad = ~images.flatten(1).isfinite().all(1).to(values.device)
     return values.masked_fill(bad.view(-1, *[1] * (values.ndim - 1)), torch.nan)
 
@@ -83,11 +84,11 @@ class Encoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def embed_text(self, prompts: list[str]) -> Tensor:
+    def embed_text(self, prompts: list[str]) -> Float[Tensor, "B D"]:
         raise ValueError(f"the encoder {self.name} reads no text; choose pickscore, clip, clip_h or open_clip")
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Float[Tensor, "B D"]:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be floating point [B, 3, H, W], got {images.dtype} {list(images.shape)}")
         version = None if images.is_inference() else images._version  # counts writes in place
@@ -100,8 +101,8 @@ class Encoder(nn.Module):
         return features
 
     @torch.no_grad()
-    def text(self, prompts: list[str]) -> Tensor:
-        """Unit-norm features [B, D] of the prompts, float32. Raises ValueError when the model reads no text."""
+    def text(self, prompts: list[str]) -> Float[Tensor, "B D"]:
+        """Unit-norm features of the prompts, float32. Raises ValueError when the model reads no text."""
         distinct = list(dict.fromkeys(prompts))
         parts = [distinct[i : i + self.micro_batch] for i in range(0, len(distinct), self.micro_batch)]
         features = F.normalize(torch.cat([self.embed_text(part) for part in parts]).float(), dim=1)
@@ -115,10 +116,10 @@ class Transformers(Encoder):
         super().__init__(name, model)
         self.processor = processor
 
-    def pixels(self, images: Tensor) -> Tensor:
+    def pixels(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
         return self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         return self.model(pixel_values=self.pixels(images)).pooler_output
 
 
@@ -129,10 +130,10 @@ class CLIP(Transformers):
         super().__init__(name, model, processor)
         self.tokenizer = tokenizer
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         return self.model.get_image_features(pixel_values=self.pixels(images)).pooler_output
 
-    def embed_text(self, prompts: list[str]) -> Tensor:
+    def embed_text(self, prompts: list[str]) -> Float[Tensor, "B D"]:
         # always padded to the full length, so that a prompt's neighbours do not change its padding
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -146,19 +147,21 @@ class OpenCLIP(Encoder):
         super().__init__(name, model)
         self.tokenizer, self.recipe = tokenizer, model.visual.preprocess_cfg
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         from torchvision.transforms.v2.functional import normalize
 
         pixels = fit(images, **{k: self.recipe[k] for k in ("size", "resize_mode", "interpolation", "fill_color")})
         pixels = normalize(pixels.float() / 255, list(self.recipe["mean"]), list(self.recipe["std"]))
         return self.model.encode_image(pixels.to(self.dtype))
 
-    def embed_text(self, prompts: list[str]) -> Tensor:
+    def embed_text(self, prompts: list[str]) -> Float[Tensor, "B D"]:
         return self.model.encode_text(self.tokenizer(prompts).to(self.device))
 
 
-def fit(images: Tensor, size, resize_mode: str, interpolation: str, fill_color: int) -> Tensor:
-    """Bring images [B, 3, H, W] to `size` as open_clip does, antialiased.
+def fit(
+    images: UInt8[Tensor, "B 3 H W"], size, resize_mode: str, interpolation: str, fill_color: int
+) -> UInt8[Tensor, "B 3 h w"]:
+    """Bring images to `size` as open_clip does, antialiased.
 
     shortest: scale the shorter side to fit and cut the centre out; longest: scale the longer side to fit
     and pad; squash: scale both.

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ref.scoring.encoders import OPENAI_MEAN, OPENAI_STD, find, fit, one_line, to_bytes
@@ -69,7 +70,7 @@ class ImageReward(Reward):
         self.tokenizer, self.micro_batch = tokenizer, micro_batch
         self.eval().requires_grad_(False)
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         cut = range(0, len(prompts), self.micro_batch)
         pairs = [(images[i : i + self.micro_batch], prompts[i : i + self.micro_batch]) for i in cut]
         return torch.cat([self.score_pairs(x, c) for x, c in pairs])

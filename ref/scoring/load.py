@@ -29,6 +29,7 @@ import re
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ref.sampling import checked
@@ -49,7 +50,7 @@ class WeightedSum(Reward):
         super().__init__(" + ".join(f"{weight:g} {reward.name}" for weight, reward in terms))
         self.weights, self.rewards = [weight for weight, _ in terms], nn.ModuleList(reward for _, reward in terms)
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         values = [checked(reward(images, prompts), reward.name, prompts) for reward in self.rewards]
         return sum(weight * value for weight, value in zip(self.weights, values))
 

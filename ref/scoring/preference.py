@@ -1,5 +1,6 @@
 """Rewards of networks that judge: the cosine of an image and its prompt, and the aesthetic predictor."""
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ref.scoring.encoders import Encoder
@@ -15,7 +16,7 @@ class Cosine(Reward):
             encoder.embed_text([])  # raises: this encoder reads no text
         self.encoder = encoder
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         return (self.encoder(images) * self.encoder.text(prompts).to(images.device)).sum(1)
 
 
@@ -34,5 +35,5 @@ class Aesthetic(Reward):
         self.head.eval().requires_grad_(False).to(encoder.device)
         self.encoder = encoder
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         return self.head(self.encoder(images).to(self.encoder.device))[:, 0]

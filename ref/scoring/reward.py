@@ -3,6 +3,7 @@
 import io
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ class Reward(nn.Module):
         self.name = name
 
     @torch.no_grad()
-    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def forward(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         if len(images) != len(prompts):
             raise ValueError(f"{self.name} needs one prompt for each image, got {len(images)} and {len(prompts)}")
         return blank_bad(self.score(images, prompts).float().to(images.device), images)

@@ -3,6 +3,7 @@
 import re
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from ref.scoring.reward import Reward, encoded, pictures
 class JPEG(Reward):
     """Compressibility: the share of the raw 3 H W bytes that JPEG at quality 95 saves. Flat images score highest."""
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         sizes = [len(encoded(picture, "JPEG", quality=95)) for picture in pictures(images)]
         return 1 - torch.tensor(sizes) / images[0].numel()
 
@@ -36,7 +37,7 @@ class OCR(Reward):
     def read(self, picture: Image.Image) -> str:
         return " ".join(self.engine(picture).txts or ())
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         targets = [quoted(prompt) for prompt in prompts]  # all, before the first image is read
         return torch.tensor([likeness(t, self.read(p)) for t, p in zip(targets, pictures(images))])
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -77,7 +78,7 @@ class UnifiedReward(Reward):
         body = {"model": self.served, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 64}  # fmt: skip
         return self.ask("chat/completions", body, lambda reply: ratings(reply["choices"][0]["message"]["content"]))
 
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         with ThreadPoolExecutor(16) as pool:  # the server batches what arrives together
             return torch.tensor(list(pool.map(self.judge, pictures(images), prompts)))
 

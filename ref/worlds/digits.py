@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ref.models.sd3 import SD3
@@ -40,8 +41,8 @@ PROMPTS = [f"a handwritten {name}" for name in NAMES]
 
 
 @cache
-def data() -> tuple[Tensor, Tensor]:
-    """Images [1797, 1, 8, 8] in [0, 1] (ink is 1) and labels [1797]."""
+def data() -> tuple[Float[Tensor, "1797 1 8 8"], Int[Tensor, " 1797"]]:
+    """Images in [0, 1] (ink is 1) and labels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -111,12 +112,12 @@ class Phi(nn.Module):
         super().__init__()
         self.net = convolutional(dim)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
         return F.normalize(self.net(images * 2 - 1), dim=1)
 
 
-def slant(images: Tensor) -> Tensor:
-    """Shear [B] of the ink in pixels per pixel: positive leans right, 0 is upright."""
+def slant(images: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+    """Shear of the ink in pixels per pixel: positive leans right, 0 is upright."""
     w = images[:, 0]
     w = w / w.sum((1, 2), keepdim=True).clamp_min(1e-6)
     y = torch.arange(w.shape[1], 0, -1, dtype=w.dtype).view(1, -1, 1)  # upwards
@@ -144,7 +145,7 @@ class SlantReward(nn.Module):
         self.reader = reader
 
     @torch.no_grad()
-    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         c = torch.tensor([label(p) for p in prompts])
         q, tau = (scale[c] for scale in slant_scale())
         legible = self.reader(images * 2 - 1).softmax(1)[torch.arange(len(c)), c]
@@ -160,7 +161,7 @@ class ReaderFeatures(nn.Module):
         super().__init__()
         self.net = reader[:-1]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
         return F.normalize(self.net(images * 2 - 1), dim=1)
 
 

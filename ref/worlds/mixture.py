@@ -39,6 +39,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ref.scale.processes import rank
@@ -71,39 +72,39 @@ class GaussianMixture:
         squared = (x.T - (1 - t) * self.means[..., None]).square().sum(1)
         return t, variance, self.weights.log()[:, None] - squared / (2 * variance)
 
-    def log_prob(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
-        """log p_t(x), [B], nats, for x [B, D]; t = 0 is the data and t = 1 is N(0, I)."""
+    def log_prob(self, x: Float[Tensor, "B D"], t: Float[Tensor, "..."] | float = 0.0) -> Float[Tensor, " B"]:
+        """log p_t(x) in nats; t = 0 is the data and t = 1 is N(0, I)."""
         _, variance, logs = self._parts(x, t)
         normaliser = 0.5 * x.shape[1] * torch.as_tensor(2 * math.pi * variance, dtype=x.dtype, device=x.device).log()
         return logs.logsumexp(0) - normaliser.flatten()
 
-    def responsibilities(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
-        """r_m(x, t) = P(mode m | x_t = x), [B, M]."""
+    def responsibilities(self, x: Float[Tensor, "B D"], t: Float[Tensor, "..."] | float = 0.0) -> Float[Tensor, "B M"]:
+        """r_m(x, t) = P(mode m | x_t = x)."""
         return self._parts(x, t)[2].softmax(0).T
 
-    def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """v(x, t) = E[eps - x_data | x_t = x], [B, D], for x [B, D] and t a number or [B]."""
+    def velocity(self, x: Float[Tensor, "B D"], t: Float[Tensor, "..."] | float) -> Float[Tensor, "B D"]:
+        """v(x, t) = E[eps - x_data | x_t = x], t a number or one for each sample."""
         t, variance, logs = self._parts(x, t)
         centre = self.means.T @ logs.softmax(0)
         return (-centre + (t - (1 - t) * self.std**2) / variance * (x.T - (1 - t) * centre)).T.contiguous()
 
-    def score(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """grad log p_t(x), [B, D]; equals -(x + (1 - t) v) / t (schedule.py), but is finite at t = 0 too."""
+    def score(self, x: Float[Tensor, "B D"], t: Float[Tensor, "..."] | float) -> Float[Tensor, "B D"]:
+        """grad log p_t(x); equals -(x + (1 - t) v) / t (schedule.py), but is finite at t = 0 too."""
         t, variance, logs = self._parts(x, t)
         return (((1 - t) * (self.means.T @ logs.softmax(0)) - x.T) / variance).T.contiguous()
 
-    def sample(self, n: int, generator: torch.Generator | None = None, t: float = 0.0) -> Tensor:
-        """n draws [n, D] from p_t."""
+    def sample(self, n: int, generator: torch.Generator | None = None, t: float = 0.0) -> Float[Tensor, "{n} D"]:
+        """n draws from p_t."""
         mode = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         eps = torch.randn(n, self.means.shape[1], dtype=self.means.dtype, generator=generator)
         return (1 - t) * self.means[mode] + math.sqrt((1 - t) ** 2 * self.std**2 + t**2) * eps
 
-    def mode(self, x: Tensor) -> Tensor:
-        """The nearest centre of every sample, [B], integers in 0..M-1."""
+    def mode(self, x: Float[Tensor, "B D"]) -> Int[Tensor, " B"]:
+        """The nearest centre of every sample, in 0..M-1."""
         return (x[:, None] - self.means).square().sum(-1).argmin(1)
 
-    def occupancy(self, x: Tensor) -> Tensor:
-        """Share of the samples x [B, D] that lie nearest to each centre, [M]."""
+    def occupancy(self, x: Float[Tensor, "B D"]) -> Float[Tensor, " M"]:
+        """Share of the samples that lie nearest to each centre."""
         return torch.bincount(self.mode(x), minlength=len(self.means)).to(x.dtype) / len(x)
 
 
@@ -113,8 +114,8 @@ def ring(modes: int = 8, radius: float = 2.0, std: float = 0.15) -> GaussianMixt
     return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], 1), std)
 
 
-def effective_modes(probability: Tensor) -> Tensor:
-    """exp of the entropy of mode occupancies [..., M] -> [...]: 1 for one mode, M for M equal ones."""
+def effective_modes(probability: Float[Tensor, "*batch M"]) -> Float[Tensor, "*batch"]:
+    """exp of the entropy of mode occupancies: 1 for one mode, M for M equal ones."""
     return torch.special.entr(probability).sum(-1).exp()
 
 
