@@ -6,5 +6,6 @@ sharding     all weights in parts on several GPUs (FSDP2)
 checkpoint   atomic files, signals
 microbatch   the largest micro-batch, by trial
 memory       running out of it, in one line
+paths        places that can be written
 stopwatch    seconds and memory of an iteration's phases
 """
