@@ -34,9 +34,10 @@ import torch
 from ref import figures
 from ref.entropy import knn_entropy, path_entropy
 from ref.grpo import train
+from ref.methods import METHODS
 from ref.sampling import sample
 from ref.settings import Settings
-from ref.methods import METHODS
+from ref.worlds import figures as pictures
 from ref.worlds.mixture import GaussianMixture, MixtureFlow, coordinates, ring, tilted
 
 FAST = os.environ.get("REF_FAST") == "1"
@@ -156,7 +157,7 @@ after = integrate(model), paths(model, 30)
 # %%
 modes = 0.8 * pair.means[:, 0]
 window = grid.abs() < 4
-figures.rivers(
+pictures.rivers(
     {
         title: (schedule.sigmas[:-1], trail, grid[window], densities[:, window])
         for title, ((densities, *_), trail) in {"before training": before, "after training": after}.items()
@@ -176,7 +177,7 @@ figures.rivers(
 # %%
 iterations, image, path, knn = map(list, zip(*records))
 total = path_entropy(schedule, 1).item()
-figures.entropy_ledger(iterations, image, path, total, (iterations, knn))
+pictures.entropy_ledger(iterations, image, path, total, (iterations, knn))
 
 # %%
 print("iteration   H(z)  H(path|z)      sum   closed form   kNN of H(z)")

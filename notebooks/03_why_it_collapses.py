@@ -32,8 +32,9 @@ import torch
 
 from ref import figures
 from ref.grpo import train
-from ref.settings import Settings
 from ref.methods import METHODS
+from ref.settings import Settings
+from ref.worlds import figures as pictures
 from ref.worlds.mixture import MixtureFlow, coordinates, effective_modes, flat, replicator, ring, tilted
 
 FAST = os.environ.get("REF_FAST") == "1"
@@ -103,7 +104,7 @@ def matched(shares, reward):
 runs = {"tilted": [fine_tune(tilted(world, gaps), s) for s in SEEDS]}
 history, rewards, samples, shares = runs["tilted"][0]
 shown = {i: samples[i - 1] for i in (1, *(ITERATIONS * k // 10 for k in (3, 5, 10)))}
-figures.modes_dying(shown, world.means, gaps, shares, matched(shares, gaps))
+pictures.modes_dying(shown, world.means, gaps, shares, matched(shares, gaps))
 
 # %% [markdown]
 # The poor modes die first, the better ones after them, and the last one standing is the best: that is the replicator's
@@ -136,7 +137,7 @@ curves = {
     label: [effective_modes(run[3]).tolist() for run in runs[key]]
     for key, label in (("flat", "flat reward"), ("tilted", "tilted reward"))
 }
-figures.modes_left(curves, 6)
+pictures.modes_left(curves, 6)
 
 # %% [markdown]
 # The same two trainings as a film: 512 samples at every few iterations, rings as dark as their mode's reward.
@@ -147,8 +148,8 @@ from IPython.display import Image
 frames = []
 for i in range(0, ITERATIONS, max(1, ITERATIONS // 26)):
     clouds = {"flat reward": runs["flat"][0][2][i], f"tilted reward, iteration {i + 1}": samples[i]}
-    frames.append(figures.particles(clouds, world.means, gaps, limit=3.8))
-Image(figures.movie(frames), format="gif")
+    frames.append(pictures.particles(clouds, world.means, gaps, limit=3.8))
+Image(pictures.movie(frames), format="gif")
 
 # %%
 left = {key: [effective_modes(run[3][-5:].mean(0)).item() for run in runs[key]] for key in runs}

@@ -32,11 +32,12 @@ import torch
 from IPython.display import display
 
 from ref import figures
-from ref.worlds import mixture
 from ref.grpo import advantages, start, train
-from ref.settings import Settings
 from ref.methods import METHODS
 from ref.perceptual import calibrate, deviations, fit_entropy_law, perceptual_entropy, perceptual_log_prob
+from ref.settings import Settings
+from ref.worlds import figures as pictures
+from ref.worlds import mixture
 
 # %matplotlib inline
 FAST = os.environ.get("REF_FAST") == "1"
@@ -71,7 +72,7 @@ h = calibrate(base[None])
 two_ends = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(32, 1) * h * math.sqrt(2)
 two_ends += 0.06 * torch.randn(64, 2, generator=generator)
 groups = {"collapsed": 0.35 * base + 0.8, "base model": base, "spread": 1.6 * base, "two clumps": two_ends}
-display(figures.perceptual_gaussian(groups, h))
+display(pictures.perceptual_gaussian(groups, h))
 
 # %% [markdown]
 # The last panel is a warning: two clumps have the base model's $v$, so the same $\mathcal H_{perc}$. Variance is not coverage (P12, notebook 05).

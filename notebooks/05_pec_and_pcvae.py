@@ -33,13 +33,14 @@ import torch
 from IPython.display import Markdown, display
 
 from ref import figures
-from ref.worlds import mixture, two_modes
 from ref.compare import twin
 from ref.grpo import start, train
-from ref.sampling import sample
-from ref.settings import Settings
 from ref.methods import METHODS, PEC, FlowGRPO
 from ref.metrics import feature_variance
+from ref.sampling import sample
+from ref.settings import Settings
+from ref.worlds import figures as pictures
+from ref.worlds import mixture, two_modes
 
 # %matplotlib inline
 FAST = os.environ.get("REF_FAST") == "1"
@@ -141,7 +142,7 @@ for label, (weights, seeds) in plan.items():
         ]
         measured[weight] = [sum(m["reward"] for m in path[-40:]) / len(path[-40:]) / DELTA for path in paths]
     curves[label] = (grid, theory, measured)
-display(figures.critical_lambda_curve(curves, critical))
+display(pictures.critical_lambda_curve(curves, critical))
 
 # %%
 print("advantages      lambda  predicted  measured (mean ± sd over seeds)")
@@ -203,7 +204,7 @@ for label, (method, h) in models.items():
         clouds.setdefault(label, x)
         row = [pays(x, []).mean(), mixture.effective_modes(ring.occupancy(x)), feature_variance(direction(x)[None])[0]]
         table.setdefault(label, []).append(row)
-display(figures.particles(clouds, ring.means, torch.tensor(GAPS)))
+display(pictures.particles(clouds, ring.means, torch.tensor(GAPS)))
 
 # %%
 table = {label: torch.tensor(rows) for label, rows in table.items()}
@@ -241,7 +242,7 @@ radius = {}
 for label, (phi, reward) in settings.items():
     history, _ = run(METHODS["pec"](1.0), reward=reward, phi=phi, bandwidth=None, iterations=150)
     radius[label] = [m["radius"] for m in history]
-display(figures.runaway(radius))
+display(pictures.runaway(radius))
 print({label: f"{r[0]:.2f} -> {r[-1]:.2f}" for label, r in radius.items()})
 growth = [r[-1] / r[0] for r in radius.values()]
 claim("an unbounded φ runs away even from a reward that pays near the data only", growth[0] > 3)

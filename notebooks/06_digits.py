@@ -37,18 +37,18 @@ import torch
 warnings.filterwarnings("ignore", "IProgress not found")
 
 from ref import figures
-from ref.worlds import digits
 from ref.grpo import train
-from ref.sampling import sample
-from ref.settings import Settings
 from ref.methods import METHODS
 from ref.metrics import feature_variance
 from ref.perceptual import fit_entropy_law
-from ref.train import PRESETS
+from ref.presets import PRESETS
+from ref.sampling import sample
+from ref.settings import Settings
+from ref.worlds import digits
 
 FAST = os.environ.get("REF_FAST") == "1"
 SEED = 0
-settings = PRESETS["digits"][1]
+settings = PRESETS["digits"].settings
 if FAST:
     settings = Settings(iterations=3, groups=10, group_size=4, steps=4, window=1, lr=3e-3, clip=1e-2)
 K = 8 if FAST else 64  # images a prompt whenever we measure

@@ -24,8 +24,8 @@
 # of disk. **Time.** Hours to days; the notebook says how long before it starts.
 #
 # **Without a GPU, or with `REF_FAST=1`,** every cell runs, in a minute or two, on *tiny random* models of the same
-# classes: tokenizers, text encoders, transformer, VAE, CLIP and DINOv2, all made by `ref.tiny`. They have learnt
-# nothing and paint noise. **Their figures show that the code runs, and no result.** The committed copy, which you may
+# classes: tokenizers, text encoders, transformer, VAE, CLIP and DINOv2, all made by `ref.models.tiny`. They have
+# learnt nothing and paint noise. **Their figures show that the code runs, and no result.** The committed copy, which you may
 # be reading, is such a run: no GPU was at hand. What does not hang on learnt weights is asserted there, too.
 
 # %%
@@ -52,12 +52,13 @@ from IPython.display import Markdown, display
 from ref import evaluate, figures, presets
 from ref.benchmark import memory
 from ref.models import tiny
-from ref.scoring.encoders import load_encoder
-from ref.sampling import sample
 from ref.models.hub import locate
 from ref.models.prompts import read_prompts
-from ref.presets import PRESETS, VARIANTS, settings_of
+from ref.options import Pipeline
+from ref.presets import LARGE, PRESETS
+from ref.sampling import sample
 from ref.scale.stopwatch import Stopwatch
+from ref.scoring.encoders import load_encoder
 from ref.train import run
 
 DRY = FAST or not torch.cuda.is_available()
@@ -80,10 +81,10 @@ print(NOISE or torch.cuda.get_device_name())
 PRESET, MEMORY = "sd35_medium", 80  # or flux_dev, flux_dev_720; GB of the GPU: 24 (SD3.5-Medium alone), 48, 80
 MODEL = None  # a diffusers folder or hub id; None: the preset's
 METHOD, WEIGHT = "pcvae", None  # of ref/methods.py; None: its own lambda
-REWARD = ENCODER = "pickscore"  # ref/rewards.py ("pickscore:0.7+ocr:0.3"), ref/encoders.py ("dino", "clip")
+REWARD = ENCODER = "pickscore"  # ref/scoring: load.py ("pickscore:0.7+ocr:0.3"), encoders.py ("dino", "clip")
 FIGURE_4 = True  # False saves up to two runs
 SMALLER = dict(iterations=100, groups=8, group_size=16)  # {}: as published
-OPTIONS = dict(memory=MEMORY, images_per_prompt=9)  # more of them: presets.text_to_image
+OPTIONS = dict(images_per_prompt=9)  # more of them: options.Pipeline
 OUTPUT = Path("../outputs/full_scale")
 TABLE = dict(encoders=["dino", "clip", "pickscore"], rewards=[REWARD], batch=[1])
 if MEMORY == 80:  # the other reward models fit in beside the pipeline
@@ -99,22 +100,23 @@ if DRY:
     TABLE = dict(encoders=[f"dino={dino}", f"clip={clip}", ENCODER], rewards=[REWARD, f"clip_score=clip={clip}"])
     for name, count in (("train", 6), ("evaluation", 4)):
         (OUTPUT / f"{name}.txt").write_text("\n".join(read_prompts(name)[:count]))
-    OPTIONS |= dict(prompts=OUTPUT / "train.txt", evaluation_prompts=OUTPUT / "evaluation.txt", evaluation_steps=4)
+    OPTIONS |= dict(prompts=f"{OUTPUT}/train.txt", evaluation_prompts=f"{OUTPUT}/evaluation.txt", evaluation_steps=4)
     OPTIONS |= dict(height=64, width=64, images_per_prompt=3, cache_dir=OUTPUT / "cache")
     SMALLER = dict(iterations=3 if FAST else 20, groups=2, group_size=4, steps=4, micro_batch=4, lr=1e-2)
-    SMALLER |= dict(updates=min(2, settings_of(PRESET).updates))
-settings = dataclasses.replace(settings_of(PRESET, MEMORY), **SMALLER)
+    SMALLER |= dict(updates=min(2, PRESETS[PRESET].settings.updates))
+options, settings = PRESETS[PRESET].within(MEMORY, PRESETS[PRESET].options, PRESETS[PRESET].settings)
+settings = dataclasses.replace(settings, **SMALLER)
 settings
 
 # %% [markdown]
 # ## Memory
 #
-# *Computed, not measured:* `ref.memory` sends fake tensors through the real architectures, and counts what autograd
-# keeps. Below that, what follows for the presets, reward model and all.
+# *Computed, not measured:* `ref.benchmark.memory` sends fake tensors through the real architectures, and counts what
+# autograd keeps. Below that, what follows for the presets, reward model and all.
 
 # %%
 if FAST:
-    print("skipped in fast mode; python -m ref.memory prints it in a minute")
+    print("skipped in fast mode; python -m ref.benchmark.memory prints it in a minute")
 else:
     memory.main([])
 Markdown(presets.__doc__.partition("\n\n")[2])
@@ -128,20 +130,20 @@ Markdown(presets.__doc__.partition("\n\n")[2])
 # $$ c\,GKN \;\text{(rollout)} \;+\; 3\,c\,GKS \;\text{(update; the way back counts two)}, $$
 #
 # and 4 in place of 3 with gradient checkpointing. That is an upper bound: a LoRA needs no gradients of the frozen weights,
-# and `python -m ref.benchmark --on-paper` counts 2.1 to 2.5 in place of 3. PEC and PCVAE add no passes: $\phi$ looks at finished images, and
-# where it is the reward's own network it is run once for both.
+# and `python -m ref.benchmark.on_paper` counts 2.1 to 2.5 in place of 3. PEC and PCVAE add no passes: $\phi$ looks at
+# finished images, and where it is the reward's own network it is run once for both.
 
 
 # %%
 def passes(preset, s, memory=80):
     """Forward passes of an iteration: rollout, update."""
-    c, each = 1 + (preset == "sd35_medium"), 3 + ("gradient_checkpointing" in VARIANTS[preset][memory])
+    c, each = 1 + (preset == "sd35_medium"), 3 + ("gradient_checkpointing" in PRESETS[preset].variants[memory])
     S = s.window or sum(i < s.trained * s.steps for i in range(s.steps - 1))
     return c * s.groups * s.group_size * s.steps, c * each * s.groups * s.group_size * S
 
 
 print(f"{'':<14} {'samples':>8} {'rollout':>8} {'update':>8}   an iteration")
-for label, preset, s in [*((p, p, settings_of(p)) for p in VARIANTS), ("this notebook", PRESET, settings)]:
+for label, preset, s in [*((p, p, PRESETS[p].settings) for p in LARGE), ("this notebook", PRESET, settings)]:
     cost = passes(preset, s, MEMORY if s is settings else 80)
     print("{:<14} {:>8} {:>8} {:>8}".format(label, s.groups * s.group_size, *cost))
 
@@ -167,9 +169,9 @@ def find(model):
     return find(model)
 
 
-source = find(MODEL or PRESETS[PRESET][0].keywords["model"])
+source = find(MODEL or PRESETS[PRESET].options.model)
 print(source.pipeline, "from", source.model)
-OPTIONS |= dict(model=source.model, reward=REWARD)
+options = Pipeline(**options.model_dump() | OPTIONS | dict(model=source.model, reward=REWARD))
 
 # %% [markdown]
 # ## The base model, and the clock
@@ -177,7 +179,7 @@ OPTIONS |= dict(model=source.model, reward=REWARD)
 # Two prompts of the evaluation, from the noise with which every evaluation below starts. The second round is timed.
 
 # %%
-task = PRESETS[PRESET][0](ENCODER, **OPTIONS)
+task = PRESETS[PRESET].task(ENCODER, options)
 if REWARD == ENCODER:
     assert task.reward.encoder is task.encoder  # one network, and one pass of it, for both
 model, prompts, K, steps = task.model, task.evaluation, task.images_per_prompt, task.evaluation_steps
@@ -233,7 +235,7 @@ def free():
 results, histories = {}, {}
 for method, weight in RUNS.items():
     free()
-    more = dict(resume=True, progress=not DRY, encoder=ENCODER, options=OPTIONS)
+    more = dict(resume=True, progress=not DRY, encoder=ENCODER, options=options)
     results[method] = run(PRESET, method, OUTPUT / method, weight, settings, **more)
     history = histories[method] = results[method]["history"]
     phases = [k for k in history[0] if k.startswith(("seconds", "peak"))]
@@ -306,7 +308,7 @@ for name, row in zip(("base", *RUNS), rows):
         free()
         arguments = ["--model", source.model, "--name", figures.LABELS[name], "--output", row, "--steps", steps]
         arguments += ["--height", size[0], "--width", size[1], "--images-per-prompt", K]
-        arguments += ["--prompts", OPTIONS.get("evaluation_prompts", "evaluation")]
+        arguments += ["--prompts", options.evaluation_prompts]
         arguments += ["--lora", OUTPUT / name / "weights"] if name in RUNS else []
         arguments += [a for option, values in TABLE.items() for a in (f"--{option}", *values)]
         assert evaluate.main([str(a) for a in arguments]) == 0
