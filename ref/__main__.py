@@ -52,7 +52,7 @@ class Story(Options):
 
     output_dir: Path = Path("outputs/digits")  # runs in it are continued or, when finished, not repeated
     seed: int = 0  # of the runs
-    iterations: Annotated[int, Ge(0), Le(10**6)] = PRESETS["digits"].settings.iterations  # of each run
+    iterations: Annotated[int, Ge(1), Le(10**6)] = PRESETS["digits"].settings.iterations  # of each run
 
 
 def story(arguments: list[str] | None) -> None:

@@ -33,7 +33,7 @@ from ref import metrics
 from ref.models.hub import hub_errors, locate
 from ref.models.prompts import read_prompts
 from ref.options import Options, Pixels, command, read
-from ref.sampling import checked, generator_for
+from ref.sampling import ask, generator_for
 from ref.scale.checkpoint import atomic_write
 from ref.scale.memory import out_of_memory
 from ref.scoring.encoders import load_encoder
@@ -109,11 +109,11 @@ def evaluate(
         if keep:
             keep(number, images)
         for name, encoder in encoders.items():
-            phi = checked(encoder(images), encoder.name, repeated)[None]
+            phi = ask(encoder, images, repeated, features=True)[None]
             values.setdefault(f"var_{name}", []).append(100 * metrics.feature_variance(phi).item())
             values.setdefault(f"{name}_diversity", []).append(metrics.mean_pairwise_distance(phi).item())
         for column, reward in rewards.items():
-            values.setdefault(column, []).append(checked(reward(images, repeated), reward.name, repeated).mean().item())
+            values.setdefault(column, []).append(ask(reward, images, repeated).mean().item())
     return {column: sum(each) / len(each) for column, each in values.items()}
 
 

@@ -18,6 +18,7 @@ exactly 0; the group's noise is drawn per group.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def calibrate_on(model, prompts: list[str], encoder: Callable[[Tensor], Tensor],
     picked = pick_prompts(prompts, settings, 0)
     layout = chunks(len(share.mine), settings.group_size, 1, settings.micro_batch)
     samples = draw(model, picked, schedule, settings, share, (settings.seed, "calibrate"), layout)
-    return calibrate(scores(encoder, samples, share, samples.images))
+    return calibrate(scores(encoder, samples, share, features=True))
 
 
 def train(
@@ -144,8 +145,11 @@ def train(
     """Fine-tune `model` (the names of models/adapter.py) and yield the state after every iteration.
 
     reward(images, prompts) -> [B] and encoder(images) -> [B, D] must not depend on the batch they are
-    called with. Raises ValueError when either returns a NaN, naming it and the prompt.
+    called with. Raises ValueError in one line where either returns something else (`sampling.ask`).
     """
+    if settings.group_size == 2 and method.space in ("perceptual", "kernel"):
+        warnings.warn("the two members of a group lie equally far from their mean: with group_size 2 an entropy of "
+                      "features does nothing (proofs/P09); take 3 or more", stacklevel=2)  # fmt: skip
     state = state or start(model, settings)
     full = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
     share = deal(settings.groups, settings.updates)
@@ -164,9 +168,9 @@ def train(
 
         picked = pick_prompts(prompts, settings, state.iteration)
         samples = draw(model, picked, schedule, settings, share, (settings.seed, state.iteration), layout, lap=lap)
-        state.reward = scores(reward, samples, share, samples.images, samples.prompts)
+        state.reward = scores(reward, samples, share)
         lap("reward")
-        state.features = scores(encoder, samples, share, samples.images)
+        state.features = scores(encoder, samples, share, features=True)
         lap("features")
 
         log_prob = samples.trajectory.log_prob.T.unflatten(0, (len(share.mine), -1))

@@ -33,6 +33,7 @@ from ref.entropy import gaussian_kl
 from ref.perceptual import kernel_log_prob, perceptual_log_prob
 
 SPACES = ("latent", "perceptual", "kernel")
+LARGEST = 1e6  # of a weight; beyond it float32 loses the reward beside the bonus
 
 
 @dataclass
@@ -93,19 +94,19 @@ class FlowGRPO:
     clip    eps; 1e-4 because log-densities are means over dimensions.
     space   latent, perceptual or kernel, for methods that have a `default_space`.
 
-    Raises ValueError for a weight outside [0, `largest_weight`], or a space that the method does not take.
+    Raises ValueError for a weight outside [0, `largest_weight`] (0: the method takes none), or a space that the method does not take.
     """
 
     default_weight = 0.0
-    largest_weight = float("inf")
+    largest_weight = 0.0  # the paper's lambda is of no use here
     default_space: str | None = None
     needs_reference = False
 
     def __init__(self, weight: float | None = None, clip: float = 1e-4, space: str | None = None):
         self.weight = self.default_weight if weight is None else weight
-        if not (0 <= self.weight <= self.largest_weight and self.weight < float("inf")):
-            most = "" if self.largest_weight == float("inf") else f" and <= {self.largest_weight}"
-            raise ValueError(f"weight must be a finite number >= 0{most}, got {self.weight}")
+        if not 0 <= self.weight <= self.largest_weight:
+            allowed = f"a number from 0 to {self.largest_weight:g}" if self.largest_weight else "left out"
+            raise ValueError(f"the weight of {type(self).__name__} must be {allowed}, got {self.weight}")
         allowed = SPACES if self.default_space else ()
         if space is not None and space not in allowed:
             raise ValueError(f"{type(self).__name__} takes {' or '.join(allowed) or 'no space'}, got space {space!r}")
@@ -131,6 +132,7 @@ class FlowGRPOKL(FlowGRPO):
     """Adds beta KL(p_theta || p_base), the Gaussian KL ||mu - mu_base||^2 / (2 s^2), to the loss."""
 
     default_weight = 0.01
+    largest_weight = LARGEST
     needs_reference = True
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
@@ -141,6 +143,7 @@ class ClipHigher(FlowGRPO):
     """Clips to [1 - eps, 1 + (1 + weight) eps]: room to raise improbable samples (DAPO, arXiv 2503.14476)."""
 
     default_weight = 0.4
+    largest_weight = LARGEST
 
     def __init__(self, weight: float | None = None, clip: float = 1e-4, space: str | None = None):
         super().__init__(weight, clip, space)
@@ -157,6 +160,7 @@ class EntropyReg(FlowGRPO):
     """
 
     default_weight = 0.05
+    largest_weight = LARGEST
     default_space = "latent"
 
     def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
@@ -208,6 +212,7 @@ class KLCov(FlowGRPO):
     """
 
     default_weight = 1.0
+    largest_weight = LARGEST
     default_space = "latent"
 
     def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
@@ -227,6 +232,7 @@ class PEC(FlowGRPO):
     """
 
     default_weight = 0.05
+    largest_weight = LARGEST
     default_space = "perceptual"
 
     def shape(self, group: Group) -> Float[Tensor, "G K S"]:
@@ -242,6 +248,7 @@ class PCVAE(FlowGRPO):
     """
 
     default_weight = 0.03
+    largest_weight = LARGEST
     default_space = "perceptual"
 
     def shape(self, group: Group) -> Float[Tensor, "G K S"]:
@@ -258,6 +265,7 @@ class NaiveKL(FlowGRPO):
     """
 
     default_weight = 0.03
+    largest_weight = LARGEST
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         return super().loss(step) - self.weight * step.log_prob.mean()

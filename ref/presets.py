@@ -63,8 +63,8 @@ class Task:
         share = deal_padded(len(prompts))
         layout = list(torch.arange(len(share.mine) * K).split(settings.micro_batch))
         own = sample(self.model, [prompts[g] for g in share.mine], K, schedule, ("evaluate",), layout, share.mine)
-        reward = scores(self.reward, own, share, own.images, own.prompts)
-        phi = scores(self.encoder, own, share, own.images)
+        reward = scores(self.reward, own, share)
+        phi = scores(self.encoder, own, share, features=True)
         images, latents = (share.gather(v.unflatten(0, (-1, K))) for v in (own.images, own.latents))
         repeated = [p for p in prompts for _ in range(K)]
         return {

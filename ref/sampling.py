@@ -119,20 +119,40 @@ def draw(
     return samples
 
 
-def checked(values: Float[Tensor, "B ..."], what: str, prompts: list[str]) -> Float[Tensor, "B ..."]:
-    """`values`, or a ValueError that names the network and the prompt of the first NaN or inf."""
-    bad = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
+@torch.no_grad()
+def ask(network: Callable, images: Float[Tensor, "B ..."], prompts: list[str], features: bool = False) -> Tensor:
+    """What a network says of images: rewards [B], or with `features` phi [B, D]; float32, detached.
+
+    A reward is called with (images, prompts), an encoder with (images). Any form of the right numbers will do:
+    a tensor of any type, a list, an array, a column [B, 1] of rewards. Raises ValueError in one line that names
+    the network, what it returned and what is asked: another shape, no numbers, a NaN (with its prompt), or images
+    that it changed in place.
+    """
+    B, version = len(images), images._version
+    said = network(images) if features else network(images, prompts)
+    wanted = "a row of features" if features else "one number"
+    wanted += f" for each of the {B} images, {f'[{B}, D]' if features else f'[{B}]'}"
+    try:
+        values = torch.as_tensor(said).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name(network)} must return {wanted}; it returned a {type(said).__name__}") from None
+    if values.shape == (B, 1) and not features:
+        values = values[:, 0]
+    if values.shape[:1] != (B,) or values.ndim != 1 + features or values.is_complex() or not values.numel():
+        raise ValueError(f"{name(network)} must return {wanted}; it returned {list(values.shape)}, {values.dtype}")
+    if images._version != version:
+        raise ValueError(f"{name(network)} changed the images in place; give it a copy to write on")
+    values = values.float()
+    bad = ~values.view(B, -1).isfinite().all(1)
     if bad.any():
-        raise ValueError(f"{what} returned a NaN or infinite value for the prompt {prompts[bad.nonzero()[0, 0]]!r}")
+        place = bad.nonzero()[0, 0]
+        raise ValueError(f"{name(network)} returned a NaN or infinite value for the prompt {prompts[place]!r}")
     return values
 
 
-def scores(network: Callable, samples: Samples, share: Share, *inputs) -> Float[Tensor, "G K ..."]:
-    """What a reward model or encoder says of the samples, of all processes.
-
-    Raises ValueError naming network and prompt for a NaN or infinite value.
-    """
-    values = checked(network(*inputs), name(network), samples.prompts).cpu()
+def scores(network: Callable, samples: Samples, share: Share, features: bool = False) -> Float[Tensor, "G K ..."]:
+    """What a reward model or encoder says of the samples, of all processes; as `ask`."""
+    values = ask(network, samples.images, samples.prompts, features).cpu()
     return share.gather(values.unflatten(0, (len(share.mine), -1)))
 
 

@@ -13,6 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from ref.schedule import Kind
 
+MOST_IMAGES = 10**6  # an iteration: more cannot be meant
+
 
 def in_one_line(declared: type) -> type:
     """Let a pydantic class refuse what it is given in one line: 'lr must be a finite number, got nan'."""
@@ -53,11 +55,11 @@ class Settings:
     micro_batch: Annotated[int, Ge(0)] = 1024  # samples in one forward pass; gradients accumulate. 0: found by trial
     steps: Annotated[int, Ge(2), Le(10**4)] = 10  # N, denoising steps
     kind: Kind = "flow_sde"  # kernel, see schedule.py
-    noise_level: Annotated[float, Ge(0), Le(100)] = 0.7  # eta of the kernel
+    noise_level: Annotated[float, Gt(0), Le(100)] = 0.7  # eta of the kernel; at most 1 for cps
     window: Annotated[int, Ge(1)] | None = None  # train only this many consecutive steps, placed anew each iteration
     trained: Annotated[float, Gt(0), Le(1)] = 1.0  # train this share of the steps, from the noise on (DanceGRPO 0.6)
     same_noise: bool = False  # the members of a group start from the same x_0 (DanceGRPO)
-    lr: Annotated[float, Ge(0), Le(10)] = 3e-4  # AdamW's learning rate
+    lr: Annotated[float, Gt(0), Le(10)] = 3e-4  # AdamW's learning rate
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: falling to 0 at the last iteration
     clip: Annotated[float, Gt(0), Le(100)] = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
     advantage_clip: Annotated[float, Gt(0), Le(10**6)] = 5.0  # advantages are clipped to +- this
@@ -69,6 +71,14 @@ class Settings:
 
     @model_validator(mode="after")
     def fits_together(self) -> "Settings":
+        images = self.groups * self.group_size
+        if images > MOST_IMAGES:
+            raise ValueError(
+                f"groups x group_size = {images:.1e} images an iteration, {images * self.steps:.1e} passes of the model to "
+                f"draw them; at most {MOST_IMAGES:.0e} images"
+            )
+        if self.kind == "cps" and self.noise_level > 1:
+            raise ValueError(f"noise_level must be at most 1 for cps, got {self.noise_level}")
         if self.updates > self.groups:
             raise ValueError(f"updates ({self.updates}) cannot exceed groups ({self.groups}): each takes whole groups")
         if self.window is not None and self.window > self.steps - 1:

@@ -310,7 +310,7 @@ def test_pcvae_is_pec_plus_the_latent_log_density():
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_out_of_range_is_refused(weight):
-    with pytest.raises(ValueError, match="weight must be a finite number"):
+    with pytest.raises(ValueError, match="weight of PEC must be a number from 0"):
         METHODS["pec"](weight)
 
 

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ref.sampling import checked
+from ref.sampling import ask
 from ref.scoring.encoders import Encoder, find, load_encoder, one_line
 from ref.scoring.preference import Aesthetic, Cosine
 from ref.scoring.reward import Reward
@@ -51,7 +51,7 @@ class WeightedSum(Reward):
         self.weights, self.rewards = [weight for weight, _ in terms], nn.ModuleList(reward for _, reward in terms)
 
     def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
-        values = [checked(reward(images, prompts), reward.name, prompts) for reward in self.rewards]
+        values = [ask(reward, images, prompts) for reward in self.rewards]
         return sum(weight * value for weight, value in zip(self.weights, values))
 
 
