@@ -11,12 +11,16 @@ import torch
 
 import ref
 from ref.models import tiny
+from ref.benchmark import on_paper
 from ref.benchmark.__main__ import main
 from ref.benchmark.measure import benchmark, flops, phase_flops
 from ref.settings import Settings
 from ref.methods import METHODS
 from ref.benchmark.naive import against_naive, text_encoders
-from ref.presets import PRESETS, VARIANTS, text_to_image
+from ref.options import Pipeline
+from ref.presets import PRESETS, text_to_image
+
+from .tools import refusal
 
 SMALL = dict(groups=2, group_size=6, updates=1, micro_batch=12, steps=4, lr=1e-3)
 
@@ -33,10 +37,12 @@ def folder(tmp_path_factory):
 def task(folder, kind):
     """Smooth reward and features: CLIP's own input is rounded to 8 bits, so there 1e-6 may become a whole grey level."""
     phi = f"pickscore={folder / 'clip'}"
-    whole = text_to_image(
-        phi, model=folder / kind, reward=phi, prompts=folder / "prompts.txt", evaluation_prompts=folder / "prompts.txt",
-        variants={80: {}}, height=32, width=32, max_sequence_length=16, lora_rank=4, cache_dir=folder / "cache",
+    prompts = str(folder / "prompts.txt")
+    options = Pipeline(
+        model=str(folder / kind), reward=phi, prompts=prompts, evaluation_prompts=prompts, height=32, width=32,
+        max_sequence_length=16, lora_rank=4, cache_dir=folder / "cache",
     )  # fmt: skip
+    whole = text_to_image(phi, options)
     w = torch.randn(3 * 32 * 32, 8, generator=torch.Generator().manual_seed(0))
     project = lambda images: (images.flatten(1) - 0.5) @ w / 32  # noqa: E731
     return dataclasses.replace(whole, reward=lambda images, prompts: project(images)[:, 0], encoder=project)
@@ -84,8 +90,8 @@ def test_flops_of_a_linear_model():
 
 
 def test_every_phase_is_measured():
-    build, settings = PRESETS["digits"]
-    result = benchmark(build(), dataclasses.replace(settings, groups=2, group_size=2, steps=3, window=1), 3, 1)
+    digits = PRESETS["digits"]
+    result = benchmark(digits.task(), dataclasses.replace(digits.settings, groups=2, group_size=2, steps=3, window=1), 3, 1)
     for phases in result["phases"].values():
         assert set(phases) >= {"seconds", "encode", "sample", "decode", "reward", "features", "update", "checkpoint"}
         parts = sum(phases[name]["median"] for name in ("encode", "sample", "decode", "reward", "features", "update"))
@@ -103,8 +109,8 @@ def test_the_command_writes_json(tmp_path, capsys):
 
 def test_flops_on_paper(monkeypatch, capsys):
     """A preset's own size by default; a guided pass of SD3.5-Medium against a count by hand, a LoRA's few per cent aside."""
-    monkeypatch.setattr("ref.presets.VARIANTS", {"sd35_medium": VARIANTS["sd35_medium"]})
-    assert main(["--on-paper"]) == 0
+    monkeypatch.setattr("ref.presets.LARGE", ("sd35_medium",))
+    assert on_paper.main([]) == 0
     _, size, forward, both, _, images, rollout, update, total = capsys.readouterr().out.splitlines()[1].split()
     assert (size, images) == ("512", "1152")
     T, L, w = 1024, 333, 1536  # image tokens, text tokens, width; each stream of a block has 12 w^2 weights
@@ -118,18 +124,22 @@ def test_flops_on_paper(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "command, arguments, words",
     [
-        (["--preset", "nothing"], "unknown preset"),
-        (["--preset", "mixture", "--repeats", "1"], "repeats must be at least 3"),
-        (["--preset", "mixture", "--height", "64"], "takes no height"),
-        (["--on-paper", "500"], "must be a multiple of 16"),
+        (main, ["--preset", "nothing"], "invalid choice 'nothing' for argument '--preset'"),
+        (main, ["--preset", "mixture", "--repeats", "2"], "repeats must be greater than or equal to 3, got 2"),
+        (main, ["--preset", "mixture", "--warmup", "0"], "warmup must be greater than or equal to 1, got 0"),
+        (main, ["--preset", "mixture", "--height", "64"], "takes no height"),
+        (on_paper.main, ["500"], "must be a multiple of 16"),
     ],
 )
-def test_bad_input_gets_one_line(arguments, words, capsys):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+def test_bad_input_gets_one_line(command, arguments, words, capsys):
+    assert words in refusal(command, arguments, capsys)
+
+
+def test_too_few_rounds_are_refused():
+    with pytest.raises(ValueError, match="repeats must be at least 3"):
+        benchmark(None, None, repeats=1)
 
 
 LARGE = "accelerate diffusers matplotlib onnxruntime open_clip peft scipy sklearn torchvision transformers".split()
@@ -145,8 +155,10 @@ def loaded_by(modules: list[str]) -> set[str]:
 
 def test_importing_ref_takes_little_beyond_torch():
     """Large libraries are imported where they are needed (0.12 s in all on the machine of the README's numbers)."""
-    names = [f"ref.{path.stem}" for path in Path(ref.__file__).parent.glob("*.py") if not path.stem.startswith("__")]
-    assert len(names) > 30
-    plots = ["ref.figures", "ref.compare"]
+    root = Path(ref.__file__).parent
+    paths = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
+    names = [".".join(path.parts) for path in paths if not path.stem.startswith("__")]
+    assert len(names) > 45
+    plots = ["ref.figures", "ref.worlds.figures", "ref.compare"]
     assert loaded_by([name for name in names if name not in plots]) == set()
     assert loaded_by(plots) == {"matplotlib"}  # it does see them

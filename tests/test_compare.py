@@ -11,6 +11,8 @@ from ref import figures
 from ref.compare import COLUMNS, front, main, parse, scores, twin
 from ref.metrics import normalized_average, overall
 
+from .tools import refusal
+
 
 def test_a_runs_name_is_read_whole():
     assert parse("pec") == {"method": "pec", "space": None, "encoder": None, "weight": None}
@@ -29,12 +31,11 @@ def test_a_runs_name_is_read_whole():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--runs", "pec@pixels:1"], "got space 'pixels'"), (["--seeds", "0"], "must be at least 1, got 0")],
+    [(["--runs", "pec@pixels:1"], "got space 'pixels'"), (["--seeds", "0"], "seeds must be greater than or equal to 1, got 0")],
 )
 def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):
-    assert main(["--preset", "mixture", "--output-dir", str(tmp_path), "--iterations", "1", *arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    command = ["--preset", "mixture", "--output-dir", tmp_path, "--iterations", "1", *arguments]
+    assert message in refusal(main, command, capsys)
 
 
 def some_runs():

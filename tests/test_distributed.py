@@ -1,23 +1,29 @@
 """Two processes are one: launched for real, on the CPU with gloo, on a tiny SD3 of the real classes."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from ref.models import tiny
+from ref.models.load import load
+from ref.options import Pipeline
 from ref.scale import checkpoint
 from ref.grpo import start, train
 from ref.scale.processes import Share, deal, deal_padded, rank
 from ref.methods import METHODS
 from ref.presets import PRESETS
 from ref.train import main, run
+
+from .tools import flags
 
 PROMPTS = ["a cat on a mat", "two red apples", 'a sign that says "hello"', "a boat at sea"]
 ROOT = Path(__file__).parent.parent
@@ -53,7 +59,7 @@ def test_two_processes_give_one_process_s_gradients_metrics_and_evaluation(tmp_p
         images_per_prompt=2, height=32, width=32, max_sequence_length=16, lora_rank=4, cache_dir=tmp_path / "cache",
         groups=4, group_size=3, updates=1, micro_batch=4, steps=3, grad_clip=1e9, save_every=1, log_with="none",
     )  # fmt: skip
-    command = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = flags(values)
 
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
     assert main([*command, "--iterations", "2", "--output-dir", str(one)]) == 0
@@ -96,18 +102,18 @@ def test_one_process_owns_everything_and_exchanges_nothing():
     assert deal_padded(3) == Share([[0, 1, 2]])
 
 
-def options(world: Path, kind: str) -> dict:
-    return dict(
-        model=world / kind, reward=f"pickscore={world / 'clip'}", prompts=world / "train.txt",
-        evaluation_prompts=world / "train.txt", evaluation_steps=2, images_per_prompt=2, height=32, width=32,
-        max_sequence_length=16, lora_rank=0, cache_dir=world / "cache",
+def options(world: Path, kind: str, **changes) -> Pipeline:
+    return Pipeline(
+        model=str(world / kind), reward=f"pickscore={world / 'clip'}", prompts=str(world / "train.txt"),
+        evaluation_prompts=str(world / "train.txt"), evaluation_steps=2, images_per_prompt=2, height=32, width=32,
+        max_sequence_length=16, lora_rank=0, cache_dir=world / "cache", **changes,
     )  # fmt: skip
 
 
 def small(preset: str, **changes):
     """The gradient is clipped, its mean is over four micro-batches and two steps, and there are averages."""
     values = dict(groups=4, group_size=3, updates=1, micro_batch=4, steps=3, grad_clip=0.05, ema=0.5, iterations=2)
-    return dataclasses.replace(PRESETS[preset][1], **values | changes)
+    return dataclasses.replace(PRESETS[preset].settings, **values | changes)
 
 
 def fine_tune(world: Path, name: str, resume: bool = False, **changes) -> None:
@@ -118,9 +124,11 @@ def fine_tune(world: Path, name: str, resume: bool = False, **changes) -> None:
 
 def on_a_gpu(world: Path):
     """As on a GPU: FLUX in bfloat16 with gradient checkpointing. Its state after an iteration."""
-    build, settings = PRESETS["flux_dev"][0], small("flux_dev", grad_clip=1e9)
-    task = build(f"pickscore={world / 'clip'}", **options(world, "flux"), dtype=torch.bfloat16,
-                 gradient_checkpointing=True)  # fmt: skip
+    settings = small("flux_dev", grad_clip=1e9)
+    with mock.patch("ref.models.load.load", functools.partial(load, dtype=torch.bfloat16)):
+        build = options(world, "flux", gradient_checkpointing=True)
+        task = PRESETS["flux_dev"].task(f"pickscore={world / 'clip'}", build)
+    assert task.model.dtype == torch.bfloat16 and task.model.transformer.is_gradient_checkpointing
     state = start(task.model, settings)
     return next(train(task.model, task.prompts, task.reward, task.encoder, METHODS["flow_grpo_kl"](), settings, state))
 
@@ -167,7 +175,7 @@ def test_full_fine_tuning_in_parts_is_that_of_one_process(tmp_path):
     tiny.clip(tmp_path / "clip")
     (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
     fine_tune(tmp_path, "one")
-    process = launch([__file__, str(tmp_path)])
+    process = launch(["-m", __name__, str(tmp_path)])
     assert process.returncode == 0, process.stderr
 
     def saved(name: str, iteration: int) -> dict:

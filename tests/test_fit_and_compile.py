@@ -112,7 +112,7 @@ def test_other_errors_of_a_trial_are_not_taken_for_memory():
 def test_micro_batch_zero_is_refused_where_nobody_found_it():
     model, reward, phi, _ = digits.load()
     model.add_lora(4, 8)
-    with pytest.raises(ValueError, match="let fit.fitted find it"):
+    with pytest.raises(ValueError, match="let scale.microbatch find it first"):
         next(train(model, digits.PROMPTS, reward, phi, METHODS["flow_grpo"](), Settings(micro_batch=0)))
 
 

@@ -11,10 +11,14 @@ import torch
 
 from ref import evaluate
 from ref.models import tiny
+from ref.models.load import load
 from ref.scale import checkpoint
 from ref.models.prompts import read_prompts
-from ref.presets import PRESETS, VARIANTS, mixture, settings_of
+from ref.options import Pipeline
+from ref.presets import LARGE, PRESETS
 from ref.train import main, run
+
+from .tools import exit_code, flags, refusal
 
 PRESET = {"sd3": "sd35_medium", "flux": "flux_dev"}
 TRAINING = ["a cat on a mat", "two red apples", 'a sign that says "hello"']
@@ -32,16 +36,16 @@ def world(tmp_path_factory):
     return folder
 
 
-def options(world: Path, kind: str, **changes) -> dict:
+def options(world: Path, kind: str) -> dict:
     return dict(
-        model=world / kind, reward=f"pickscore={world / 'clip'}", prompts=world / "train.txt",
-        evaluation_prompts=world / "evaluation.jsonl", evaluation_steps=2, images_per_prompt=2, height=32, width=32,
-        max_sequence_length=16, lora_rank=4, cache_dir=world / "cache", **changes,
+        model=str(world / kind), reward=f"pickscore={world / 'clip'}", prompts=str(world / "train.txt"),
+        evaluation_prompts=str(world / "evaluation.jsonl"), evaluation_steps=2, images_per_prompt=2, height=32,
+        width=32, max_sequence_length=16, lora_rank=4, cache_dir=world / "cache",
     )  # fmt: skip
 
 
-def flags(values: dict) -> list[str]:
-    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+def pipeline(world: Path, kind: str, **changes) -> Pipeline:
+    return Pipeline(**options(world, kind) | changes)
 
 
 @pytest.mark.parametrize("encoder", ["pickscore=clip", "clip=clip", "dino=dino"])
@@ -50,10 +54,10 @@ def flags(values: dict) -> list[str]:
 def test_training_end_to_end(kind, method, encoder, world, tmp_path):
     """Ratio exactly 1 on the first update, policy entropy the same bits, averaged weights saved, images drawn."""
     name, source = encoder.split("=")
-    settings = dataclasses.replace(PRESETS[PRESET[kind]][1], **SETTINGS)
+    settings = dataclasses.replace(PRESETS[PRESET[kind]].settings, **SETTINGS)
     result = run(
         PRESET[kind], method, tmp_path, settings=settings, encoder=f"{name}={world / source}", progress=False,
-        options=options(world, kind), evaluate_every=2,
+        options=pipeline(world, kind), evaluate_every=2,
     )  # fmt: skip
     history = result["history"]
     assert [m["ratio_error"] for m in history] == [0.0, 0.0]
@@ -70,7 +74,7 @@ def test_training_end_to_end(kind, method, encoder, world, tmp_path):
 
 
 @pytest.mark.parametrize("kind", PRESET)
-def test_the_saved_lora_and_its_card_work_in_the_stock_pipeline(kind, world, tmp_path):
+def test_the_saved_lora_and_its_card_work_in_the_stock_pipeline(kind, world, tmp_path, capsys):
     """The command itself. Its LoRA, loaded as its card says, moves stock diffusers' images."""
     from diffusers import DiffusionPipeline
 
@@ -93,16 +97,15 @@ def test_the_saved_lora_and_its_card_work_in_the_stock_pipeline(kind, world, tmp
     assert (draw(pipe) - base).abs().max() > 1e-3
 
     assert main([*arguments, "--resume", "--micro-batch", "2"]) == 0  # finished: nothing is trained again
-    other = [*arguments, "--resume", "--reward", "jpeg"]
-    assert main(other) == 2
+    assert "holds a run with reward = " in refusal(main, [*arguments, "--resume", "--reward", "jpeg"], capsys)
 
 
 def test_all_weights_can_be_trained(world, tmp_path):
     """lora_rank 0, with Flow-GRPO's KL to a frozen copy."""
-    settings = dataclasses.replace(settings_of("sd35_medium"), **SETTINGS | dict(lr=1e-5))
+    settings = dataclasses.replace(PRESETS["sd35_medium"].settings, **SETTINGS | dict(lr=1e-5))
     result = run(
         "sd35_medium", "flow_grpo_kl", tmp_path, settings=settings, encoder=f"dino={world / 'dino'}", progress=False,
-        options=options(world, "sd3") | dict(lora_rank=0),
+        options=pipeline(world, "sd3", lora_rank=0),
     )  # fmt: skip
     assert [m["ratio_error"] for m in result["history"]] == [0.0, 0.0]
     assert "from diffusers import SD3Transformer2DModel" in (tmp_path / "weights" / "README.md").read_text()
@@ -112,7 +115,7 @@ def test_all_weights_can_be_trained(world, tmp_path):
 def test_weights_in_parts_need_a_micro_batch_before_anything_is_loaded(world, tmp_path, monkeypatch):
     monkeypatch.setattr("ref.train.processes", lambda: 2)
     with pytest.raises(ValueError, match="weights in parts cannot try out a micro-batch; give --micro-batch"):
-        run("sd35_medium", "pec", tmp_path / "run", options=options(world, "sd3") | dict(lora_rank=0), progress=False)
+        run("sd35_medium", "pec", tmp_path / "run", options=pipeline(world, "sd3", lora_rank=0), progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -121,9 +124,9 @@ def test_dance_settings_share_the_noise_and_train_the_first_steps(world, tmp_pat
     from ref.grpo import start, train
     from ref.methods import METHODS
 
-    build, settings = PRESETS["flux_dev_720"]
-    settings = dataclasses.replace(settings, **SETTINGS | dict(steps=6))
-    task = build(f"dino={world / 'dino'}", **options(world, "flux"))
+    preset = PRESETS["flux_dev_720"]
+    settings = dataclasses.replace(preset.settings, **SETTINGS | dict(steps=6))
+    task = preset.task(f"dino={world / 'dino'}", preset.options.model_copy(update=options(world, "flux")))
     state = start(task.model, settings)
     state = next(train(task.model, task.prompts, task.reward, task.encoder, METHODS["pec"](), settings, state))
     path = state.samples.trajectory
@@ -136,14 +139,21 @@ def test_dance_settings_share_the_noise_and_train_the_first_steps(world, tmp_pat
 
 
 def test_every_variant_says_what_it_is_and_the_others_are_refused():
-    for preset, variants in VARIANTS.items():
-        for memory, change in variants.items():
-            settings = settings_of(preset, memory)
+    assert len(LARGE) == 3
+    for name in LARGE:
+        preset = PRESETS[name]
+        for memory, change in preset.variants.items():
+            options, settings = preset.within(memory, preset.options, preset.settings)
             assert settings.micro_batch == change["micro_batch"]
             assert settings.group_size % settings.micro_batch == 0  # rows of a micro-batch share a prompt
-        assert settings_of(preset).micro_batch == 0  # found by trial
-    with pytest.raises(ValueError, match="flux_dev fits into 48 or 80 GB"):
-        settings_of("flux_dev", 24)
+            assert options.memory == memory
+            assert options.gradient_checkpointing == change.get("gradient_checkpointing", False)
+        options, settings = preset.within(None, preset.options, preset.settings)
+        assert settings.micro_batch == 0  # found by trial
+        assert options == preset.options
+    flux = PRESETS["flux_dev"]
+    with pytest.raises(ValueError, match="no variant for memory 24: it fits into 48 or 80 GB"):
+        flux.within(24, flux.options, flux.settings)
 
 
 REFUSED = {
@@ -164,24 +174,26 @@ def test_bad_input_gets_one_line(case, world, tmp_path, capsys):
     if "prompts" in changes:
         path = tmp_path / f"prompts{changes.pop('suffix', '.txt')}"
         path.write_text(changes["prompts"])
-        changes = changes | dict(prompts=path)
+        changes = changes | dict(prompts=str(path))
     command = ["--preset", "sd35_medium", "--method", "pec", "--encoder", f"dino={world / 'dino'}", "--output-dir"]
-    assert main([*command, str(tmp_path / "out"), *flags(options(world, "sd3") | changes), *flags(SETTINGS)]) == 2
+    arguments = [*command, tmp_path / "out", *flags(options(world, "sd3") | changes), *flags(SETTINGS)]
+    assert exit_code(main, arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
 
 
 def test_toys_refuse_the_options_of_the_large(tmp_path, capsys):
-    assert main(["--preset", "digits", "--method", "pec", "--output-dir", str(tmp_path), "--model", "x"]) == 2
-    assert "preset digits takes no model" in capsys.readouterr().err
+    command = ["--preset", "digits", "--method", "pec", "--output-dir", tmp_path, "--model", "x"]
+    assert "preset digits takes no model" in refusal(main, command, capsys)
 
 
 def test_out_of_memory_names_what_to_lower(tmp_path, monkeypatch):
     def greedy(images, prompts):
         return torch.empty(10**15).sum()  # four petabytes
 
-    build = lambda encoder=None: dataclasses.replace(mixture(encoder), reward=greedy)  # noqa: E731
-    monkeypatch.setitem(PRESETS, "mixture", (build, PRESETS["mixture"][1]))
+    mixture = PRESETS["mixture"]
+    build = lambda encoder=None: dataclasses.replace(mixture.task(encoder), reward=greedy)  # noqa: E731
+    monkeypatch.setitem(PRESETS, "mixture", dataclasses.replace(mixture, build=build))
     with pytest.raises(OSError, match="out of memory while training; give a smaller --micro-batch"):
         run("mixture", "pec", tmp_path, progress=False)
 
@@ -253,32 +265,38 @@ def test_a_table_leaves_empty_columns_out(tmp_path, capsys):
     [
         ([], "give --model"),
         (["--model", "/nowhere/x", "--rewards", "jpeg", "--encoders"], "there is no folder /nowhere/x"),
-        (["--model", "x", "--images-per-prompt", "1"], "one image has no diversity"),
+        (["--model", "x", "--images-per-prompt", "1"], "images_per_prompt must be greater than or equal to 2, got 1"),
         (["--table", "/nowhere/row.csv"], "No such file"),
     ],
 )
 def test_evaluation_names_what_is_wrong(arguments, message, capsys):
-    assert evaluate.main(arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and message in lines[0]
+    assert message in refusal(evaluate.main, arguments, capsys)
 
 
 def test_metrics_file_is_json_that_others_read(world, tmp_path):
-    settings = dataclasses.replace(settings_of("flux_dev"), **SETTINGS | dict(iterations=1))
+    settings = dataclasses.replace(PRESETS["flux_dev"].settings, **SETTINGS | dict(iterations=1))
     run("flux_dev", "flow_grpo", tmp_path, settings=settings, encoder=f"dino={world / 'dino'}", progress=False,
-        options=options(world, "flux"))  # fmt: skip
+        options=pipeline(world, "flux"))  # fmt: skip
     [entry] = json.loads((tmp_path / "metrics.json").read_text())
     phases = [entry[f"seconds_{phase}"] for phase in ("sample", "decode", "reward", "features", "update")]
     assert min(phases) > 0 and sum(phases) <= entry["seconds"]
 
 
-def test_bfloat16_and_checkpointing_keep_the_ratio_at_exactly_one(world, tmp_path):
+def test_bfloat16_and_checkpointing_keep_the_ratio_at_exactly_one(world, tmp_path, monkeypatch):
     """The GPU's arithmetic, with the fast variant's settings: a window of two Flow-CPS steps."""
     fast = SETTINGS | dict(kind="cps", noise_level=0.8, window=2, steps=5, clip=1e-5)
-    settings = dataclasses.replace(settings_of("flux_dev"), **fast)
-    build = options(world, "flux") | dict(dtype=torch.bfloat16, gradient_checkpointing=True)
+    settings = dataclasses.replace(PRESETS["flux_dev"].settings, **fast)
+    models = []
+
+    def in_bfloat16(*arguments, **options):
+        models.append(load(*arguments, **options, dtype=torch.bfloat16))
+        return models[-1]
+
+    monkeypatch.setattr("ref.models.load.load", in_bfloat16)
+    build = pipeline(world, "flux", gradient_checkpointing=True)
     result = run("flux_dev", "pec", tmp_path, settings=settings, encoder=f"dino={world / 'dino'}", progress=False,
                  options=build)  # fmt: skip
     assert [m["ratio_error"] for m in result["history"]] == [0.0, 0.0]
+    assert models[0].dtype == torch.bfloat16 and models[0].transformer.is_gradient_checkpointing
     saved = checkpoint.load_latest(tmp_path)
     assert {weight.dtype for weight in saved["weights"].values()} == {torch.float32}

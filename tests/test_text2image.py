@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from transformers import T5EncoderModel
 
 from ref.benchmark import memory
-from ref.models import hub as pipelines, tiny
+from ref.models import embeddings, hub, shapes, tiny
 from ref.entropy import policy_entropy
 from ref.grpo import train
 from ref.sampling import sample
@@ -308,14 +308,14 @@ def test_computed_activations_are_those_of_a_real_pass(folders, kind):
 
 
 def test_the_big_architectures_have_their_published_sizes():
-    for make, billions in ((memory.sd35_medium, 2.24), (memory.flux_dev, 11.9), (memory.vae, 0.0838)):
+    for make, billions in ((shapes.sd35_medium, 2.24), (shapes.flux_dev, 11.9), (shapes.vae, 0.0838)):
         with torch.device("meta"):
             assert sum(p.numel() for p in make().parameters()) / 1e9 == pytest.approx(billions, rel=0.003)
 
 
 def test_the_wide_pipelines_are_as_wide_as_the_big_ones():
     with torch.device("meta"):
-        configs = {"sd3": memory.sd35_medium().config, "flux": memory.flux_dev().config}
+        configs = {"sd3": shapes.sd35_medium().config, "flux": shapes.flux_dev().config}
     for kind, changes in tiny.WIDE.items():
         assert changes == {key: configs[kind][key] for key in changes}
 
@@ -369,8 +369,8 @@ def test_second_load_does_without_text_encoders(folders, kind, tmp_path, monkeyp
 
 def test_the_key_changes_with_all_that_decides_the_content(folders, tmp_path):
     def key(kind="sd3", prompt="a cat", folder=None, tokens=TOKENS, dtype=torch.float32):
-        source = pipelines.locate(folder or folders[kind])
-        return pipelines.PromptEmbeddings(source, None, tokens, dtype, "cpu", tmp_path).key(prompt)
+        source = hub.locate(folder or folders[kind])
+        return embeddings.PromptEmbeddings(source, None, tokens, dtype, "cpu", tmp_path).key(prompt)
 
     shutil.copytree(folders["sd3"], tmp_path / "copy")
     assert key() == key() == key(folder=tmp_path / "copy")  # a copy of the folder is the same pipeline

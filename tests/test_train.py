@@ -19,9 +19,11 @@ from ref.__main__ import main as story
 from ref.policy import rollout
 from ref.train import PRESETS, main, run
 
+from .tools import flags, refusal
+
 TINY = dict(iterations=4, groups=3, group_size=2, updates=1, steps=3, window=1)
-SETTINGS = dataclasses.replace(PRESETS["digits"][1], **TINY)
-FLAGS = [flag for name, value in TINY.items() for flag in (f"--{name.replace('_', '-')}", str(value))]
+SETTINGS = dataclasses.replace(PRESETS["digits"].settings, **TINY)
+FLAGS = flags(TINY)
 
 
 def command(folder, *extra, method="pec", preset="digits"):
@@ -164,37 +166,36 @@ def test_saved_lora_gives_the_same_images_in_the_stock_pipeline(finished):
 
 
 REFUSED = {
-    "unknown preset": (dict(preset="sdxl"), [], "unknown preset 'sdxl'"),
-    "unknown method": (dict(method="ppo"), [], "unknown method 'ppo'"),
-    "a group of one": ({}, ["--group-size", "1"], "group_size must be at least 2"),
-    "a negative weight": ({}, ["--weight", "-1"], "weight must be"),
-    "a weight that is no number": ({}, ["--weight", "nan"], "weight must be"),
-    "no steps": ({}, ["--steps", "0"], "steps must be at least 2"),
-    "a window too long": ({}, ["--window", "3"], "window must lie in"),
-    "a kernel nobody knows": ({}, ["--kind", "ddpm"], "kind must be flow_sde or dance_sde or cps, got 'ddpm'"),
-    "no interval": ({}, ["--save-every", "0"], "save_every must be at least 1"),
+    "unknown preset": (dict(preset="sdxl"), [], "invalid choice 'sdxl' for argument '--preset'"),
+    "unknown method": (dict(method="ppo"), [], "invalid choice 'ppo' for argument '--method'"),
+    "a group of one": ({}, ["--group-size", "1"], "group_size must be greater than or equal to 2, got 1"),
+    "a negative weight": ({}, ["--weight", "-1"], "weight must be greater than or equal to 0, got -1.0"),
+    "a weight that is no number": ({}, ["--weight", "nan"], "weight must be a finite number, got nan"),
+    "no steps": ({}, ["--steps", "0"], "steps must be greater than or equal to 2, got 0"),
+    "a window too long": ({}, ["--window", "3"], "window must lie in 1..2 (the last step is deterministic), got 3"),
+    "a kernel nobody knows": ({}, ["--kind", "ddpm"], "invalid choice 'ddpm' for argument '--kind'. Expected one of ('flow_sde', 'dance_sde', 'cps')"),
+    "no interval": ({}, ["--save-every", "0"], "save_every must be greater than or equal to 1, got 0"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_gets_one_line_and_exit_code_2(case, tmp_path, capsys):
     options, extra, message = REFUSED[case]
-    assert main(command(tmp_path / "out", *extra, **options)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert message in refusal(main, command(tmp_path / "out", *extra, **options), capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_with_another_run_is_refused(finished, capsys):
     before = sorted(p.name for p in finished.iterdir())
-    assert main(command(finished)) == 2
-    assert "continue it with --resume" in capsys.readouterr().err
-    assert main(command(finished, "--resume", method="flow_grpo")) == 2
-    assert "holds a run with method = pec, not flow_grpo" in capsys.readouterr().err
-    assert main(command(finished, "--resume", "--seed", "5")) == 2
-    assert "holds a run with seed = 0, not 5" in capsys.readouterr().err
-    assert main(command(finished, "--resume", "--log-with", "clipboard")) == 2
-    assert "unknown tracker 'clipboard'" in capsys.readouterr().err
+    assert "continue it with --resume" in refusal(main, command(finished), capsys)
+    for method, extra, message in (
+        ("flow_grpo", [], "holds a run with method = pec, not flow_grpo"),
+        ("pec", ["--seed", "5"], "holds a run with seed = 0, not 5"),
+        ("pec", ["--log-with", "clipboard"], "invalid choice 'clipboard' for argument '--log-with'"),
+    ):
+        assert message in refusal(main, command(finished, "--resume", *extra, method=method), capsys)
+    with pytest.raises(ValueError, match="unknown tracker 'clipboard'"):
+        run("digits", "pec", finished, settings=SETTINGS, resume=True, log_with="clipboard")
     assert sorted(p.name for p in finished.iterdir()) == before
 
 
@@ -232,7 +233,7 @@ def test_the_mixture_preset_goes_through_the_same_command(tmp_path):
 
 
 def test_base_weights_command_makes_a_loadable_model(tmp_path, capsys):
-    """`python -m ref.digits_base`, a thousandth of its length: every part trains, saves and loads."""
+    """`python -m ref.worlds.digits_base`, a thousandth of its length: every part trains, saves and loads."""
     from ref.worlds.digits_base import main as make
 
     assert make(["--output-dir", str(tmp_path), "--scale", "0.001"]) == 0
@@ -244,5 +245,5 @@ def test_base_weights_command_makes_a_loadable_model(tmp_path, capsys):
 
 
 def test_missing_base_weights_name_the_command_that_makes_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python -m ref.digits_base"):
+    with pytest.raises(FileNotFoundError, match="python -m ref.worlds.digits_base"):
         digits.load(tmp_path)
