@@ -40,7 +40,8 @@ from ref.settings import in_one_line
 from ref.train import run
 
 # Quality and diversity columns with their formats; higher is better. The judge, and the spaces other
-# than the run's own phi, are seen by nothing in training.
+# than the run's own phi, are seen by nothing in training. A column has one unit for all rows: distances in a
+# run's own phi are in none of them where runs may differ in phi. The first diversity column is the front's.
 COLUMNS = {
     "mixture": (
         {"reward": ".3f"},
@@ -49,7 +50,7 @@ COLUMNS = {
     "digits": (
         {"reward": ".3f", "judge_reward": ".3f", "legibility": ".3f"},
         {"var_contrastive": ".3f", "var_reader": ".3f", "var_random": ".5f"}
-        | {"pairwise_distance": ".2f", "vae_variance": ".1f", "pixel_variance": ".2f"},
+        | {"vae_variance": ".1f", "pixel_variance": ".2f"},
     ),
 }
 
@@ -172,7 +173,7 @@ def compare(arguments: list[str] | None) -> None:
     for form, name in (("markdown", "table.md"), ("latex", "table.tex"), ("csv", "table.csv")):
         (options.output_dir / name).write_text(twin(rows, options.preset, form) + "\n")
     print((options.output_dir / "table.md").read_text())
-    figures.reward_diversity_front(front(rows)).savefig(options.output_dir / "front.png")
+    figures.reward_diversity_front(front(rows, next(iter(COLUMNS[options.preset][1])))).savefig(options.output_dir / "front.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
