@@ -20,6 +20,7 @@ normalised), so its rows and these do not belong into one table.
 import csv
 import io
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,10 +33,12 @@ from torch import Tensor
 from ref import metrics
 from ref.models.hub import hub_errors, locate
 from ref.models.prompts import read_prompts
-from ref.options import Options, Pixels, command, read
+from ref.options import Options, Pixels, command, near, read
 from ref.sampling import ask, generator_for
 from ref.scale.checkpoint import atomic_write
 from ref.scale.memory import out_of_memory
+from ref.scale.paths import refuse_unwritable
+from ref.scale.textfiles import read_table
 from ref.scoring.encoders import load_encoder
 from ref.scoring.load import load_reward
 from ref.settings import in_one_line
@@ -118,21 +121,42 @@ def evaluate(
 
 
 def read_rows(files: list[Path]) -> list[dict]:
-    """Rows of the files, in their order, with "name" and a number or None for every column of the tables."""
-    rows = []
+    """Rows of the files, in their order, with "name" and a number or None for every column of the tables.
+
+    Raises OSError or ValueError naming file and line: no table (`textfiles.read_table`), none of the columns, one
+    that is nearly spelled as one of them, a row without a name or like one before it, and what is no finite number.
+    """
+    rows, seen, known = [], {}, (*QUALITY, *DIVERSITY)
     for file in files:
-        with file.open(newline="", encoding="utf-8") as stream:
-            for number, line in enumerate(csv.DictReader(stream), 2):
-                name = line.get("name") or line.get("method")
-                if not name:
-                    raise ValueError(f"{file}, line {number}: no name; a row is what --output writes")
-                try:
-                    rows.append({"name": name} | {c: float(line.get(c) or "nan") for c in (*QUALITY, *DIVERSITY)})
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: {error}") from error
-    if not rows:
-        raise ValueError("the files hold no rows")
+        for line, cells in read_table(file, ("name", "method")):
+            place, name = f"{file}, line {line}", cells.get("name") or cells.get("method")
+            for column in cells.keys() - set(known):
+                if guess := near(column, set(known) - cells.keys(), alike=0.85):
+                    raise ValueError(f"{file}, line 1: unknown column {column!r}; {guess}rename or remove it")
+            if not set(known) & cells.keys():
+                raise ValueError(f"{file}, line 1: no column of the tables; give one of {', '.join(known)}")
+            if not name:
+                raise ValueError(f"{place}: no name; a row is what --output writes")
+            values = {column: number(place, column, cells.get(column, "")) for column in known}
+            words = {column: cell for column, cell in cells.items() if not re.fullmatch(r"[-+.\deE]*", cell)}
+            row = (name, *words.items())  # table 1 has a method in several spaces
+            if row in seen:
+                raise ValueError(f"{place}: {name!r} is in {seen[row]} already; give each row a --name of its own")
+            seen[row] = place
+            rows.append({"name": name} | values)
     return rows
+
+
+def number(place: str, column: str, cell: str) -> float:
+    """A cell's number, NaN for an empty one."""
+    try:
+        value = float(cell or "nan")
+    except ValueError:
+        value = math.inf
+    if math.isinf(value) or cell and math.isnan(value) or "_" in cell:
+        write = f"write {cell.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", cell) else "leave a missing one empty"
+        raise ValueError(f"{place}: {column} is {cell!r}, not a finite number; {write}")
+    return value
 
 
 def table(rows: list[dict], form: str = "markdown") -> str:
@@ -164,7 +188,7 @@ class Evaluation(Options):
     model: str | None = None  # a diffusers folder or hub id
     lora: str | None = None  # folder of LoRA weights, as ref.train saves it
     name: str | None = None  # of the row (None: the model's)
-    prompts: str = "evaluation"  # .txt or .jsonl file, or train, evaluation or ocr
+    prompts: str = "evaluation"  # a .txt, .jsonl, .json, .csv or .tsv file, or train, evaluation or ocr
     images_per_prompt: Annotated[int, Ge(2), Le(10**4)] = 8  # K; one image has no diversity
     rewards: list[str] = Field(["pickscore", "aesthetic", "image_reward", "clip_score", "hpsv2"])  # of quality
     encoders: list[str] = Field(["dino", "clip", "pickscore"])  # spaces of diversity
@@ -174,7 +198,7 @@ class Evaluation(Options):
     width: Pixels | None = None  # in pixels (None: the pipeline's)
     batch: Annotated[int, Ge(1), Le(10**4)] = 4  # images at once
     images: Path | None = None  # folder for the images as PNG
-    output: Path | None = None  # the row as CSV (None: standard output)
+    output: Path | None = None  # the row as CSV, or the table (None: standard output)
     table: list[Path] = Field([])  # build the table of these rows instead
     form: Literal["markdown", "latex", "csv"] = "markdown"  # of the table
 
@@ -206,20 +230,31 @@ def row(options: Evaluation) -> dict:
 
 def evaluate_as_asked(arguments: list[str] | None) -> None:
     options = read(Evaluation, "ref.evaluate", arguments)
+    if options.output:
+        refuse_unwritable(options.output, "--output")
+    if options.images:
+        refuse_unwritable(options.images / "0000-0.png", "--images")
     if options.table:
-        print(table(read_rows(options.table), options.form))
-        return
-    with out_of_memory("while evaluating", "lower --batch, or give smaller --height and --width"):
-        values = row(options)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, values.keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(values)
+        if options.model or options.lora:
+            raise ValueError("--table puts rows together and draws nothing; leave --model and --lora out")
+        rows = read_rows(options.table)
+        if len(rows) < 3:
+            print(f"warning: {len(rows)} row{'s' * (len(rows) > 1)}: each column's worst counts 0 and its best 1, so "
+                  "Norm.Avg and Overall say little; give more rows", file=sys.stderr)  # fmt: skip
+        text = table(rows, options.form) + "\n" * (options.form != "csv")
+    else:
+        with out_of_memory("while evaluating", "lower --batch, or give smaller --height and --width"):
+            values = row(options)
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, values.keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(values)
+        text = lines.getvalue()
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(options.output, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+        atomic_write(options.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     else:
-        print(text.getvalue(), end="")
+        print(text, end="")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,8 +8,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -54,6 +55,13 @@ class Pipeline(Options):
     cache_dir: Path | None = None  # of prompt embeddings (None: ~/.cache/ref/prompt_embeddings)
 
 
+def near(given: str, choices: Iterable[str], alike: float = 0.7) -> str:
+    """A question, "did you mean train? ", where one of the choices is spelled nearly so; else nothing."""
+    names = {str(name).casefold(): str(name) for name in choices}
+    found = get_close_matches(given.casefold(), names, 1, alike)
+    return f"did you mean {names[found[0]]}? " if found else ""
+
+
 def read(declared: type[T], program: str, arguments: list[str] | None, default: T | None = None) -> T:
     """What the command line asks for. Ends the process with exit code 2 and one line where it asks for nonsense.
 
@@ -77,11 +85,17 @@ def read(declared: type[T], program: str, arguments: list[str] | None, default: 
 
 
 def refusal(box: str) -> str:
-    """tyro's box of several lines as one."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    text = " ".join(line for line in lines if line and not line.startswith(("─", "For full helptext", "Argument help")))
+    """tyro's box of several lines as one. Where stdout's encoding is not called utf-8, two spaces are its left side."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith(("│", "  "))]
+    text = " ".join(
+        line for line in lines if line and not line.startswith(("─", "---", "For full helptext", "Argument help"))
+    )
     text = re.sub(r"^Missing from python -m [\w.]+:", "missing:", text)
-    return re.sub(r"^Error parsing [\w.-]+: |python -m [\w.]+ --help", "", text).strip()
+    text = re.sub(r"^Error parsing [\w.-]+: |python -m [\w.]+ --help", "", text).strip()
+    wrong = re.search(r"invalid choice '(.*?)' for argument '\S+'(?=\. Expected one of \((.*?)\))", text)
+    if wrong and (guess := near(wrong[1], re.findall(r"'(.*?)'", wrong[2]))):
+        text = text.replace(wrong[0] + ".", f"{wrong[0]}; {guess.strip()}", 1)
+    return text
 
 
 def command(main: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> int:

@@ -7,5 +7,6 @@ checkpoint   atomic files, signals
 microbatch   the largest micro-batch, by trial
 memory       running out of it, in one line
 paths        places that can be written
+textfiles    prompts, tables and JSON as people save them
 stopwatch    seconds and memory of an iteration's phases
 """
