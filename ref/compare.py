@@ -130,7 +130,7 @@ def front(runs: list[dict], column: str = "feature_variance") -> dict:
         kind, _, weight = spec.partition(":")
         point = ([float(row[column]) / base for row in mine], [float(row["reward"]) for row in mine])
         points.setdefault(kind, []).append((float(weight or 0), weight and f"λ = {weight}", *point))
-    return {kind: [point for _, *point in sorted(rows)] for kind, rows in points.items()}
+    return {kind: [tuple(point) for _, *point in sorted(rows)] for kind, rows in points.items()}
 
 
 @in_one_line

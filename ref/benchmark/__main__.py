@@ -22,8 +22,8 @@ from ref.train import Work, asked
 class Benchmark(Work):
     """What an iteration costs, where its time goes, and how far that is from what the machine can do."""
 
-    repeats: Annotated[int, Ge(2), Le(10**6)] = 9  # rounds that count
-    warmup: Annotated[int, Ge(0), Le(10**6)] = 2  # rounds before them
+    repeats: Annotated[int, Ge(3), Le(10**6)] = 9  # rounds that count
+    warmup: Annotated[int, Ge(1), Le(10**6)] = 2  # rounds before them
     compare_naive: bool = False  # run the field's usual way beside ours
     threads: Annotated[int, Ge(1), Le(1024)] | None = None  # on the CPU (None: torch's)
     json_file: Annotated[Path | None, arg(name="json")] = None  # write all numbers here
