@@ -76,10 +76,12 @@ class Run(Work):
 def asked(declared: type[Work], program: str, arguments: list[str] | None) -> Work:
     """What a command line asks for, where it is silent the preset's, or with --resume the directory's run.json.
 
-    Raises ValueError for a preset without a variant for --memory, or without the options that are given.
+    Raises ValueError for a preset without a variant for --memory, or without the options that are given, and for a
+    directory that holds a run of another preset or method.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset")
+    early.add_argument("--method")
     early.add_argument("--memory", type=int)
     early.add_argument("--output-dir", "--output_dir", type=Path)
     early.add_argument("--resume", action="store_true")
@@ -90,6 +92,12 @@ def asked(declared: type[Work], program: str, arguments: list[str] | None) -> Wo
     values = dict.fromkeys((name for name, field in declared.model_fields.items() if field.is_required()), MISSING)
     if given.resume and given.output_dir and (given.output_dir / "run.json").exists():
         values |= dict(Run(**json.loads((given.output_dir / "run.json").read_text()), output_dir=given.output_dir))
+        for name in ("preset", "method"):  # what else run.json says belongs to these
+            if getattr(given, name) not in (None, values[name]):
+                raise ValueError(
+                    f"{given.output_dir} holds a run with {name} = {values[name]}, not {getattr(given, name)}; "
+                    "choose another --output-dir"
+                )
     elif given.preset in PRESETS:
         own = PRESETS[given.preset]
         values |= {"preset": given.preset, "options": own.options or Pipeline(), "settings": own.settings}
