@@ -30,7 +30,7 @@ from torch import Tensor
 from ref import metrics
 from ref.entropy import policy_entropy
 from ref.methods import FlowGRPO, Group, Step
-from ref.perceptual import calibrate, perceptual_entropy
+from ref.perceptual import calibrate, calibrate_kernel, perceptual_entropy
 from ref.policy import gaussian_log_prob
 from ref.sampling import Samples, chunks, draw, generator_for, pick_prompts, scores
 from ref.scale.processes import Share, deal, over_processes, processes, sum_gradients
@@ -50,7 +50,8 @@ class State:
     model: object
     optimizer: torch.optim.Optimizer
     iteration: int = 0
-    bandwidth: float | None = None
+    bandwidth: float | None = None  # h, and the kernel's own, both calibrated on the base model
+    kernel: float | None = None
     ema: dict[str, Tensor] | None = None  # averaged weights, by name
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -63,13 +64,14 @@ class State:
         return {
             "iteration": self.iteration,
             "bandwidth": self.bandwidth,
+            "kernel": self.kernel,
             "weights": trainable(self.model),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema,
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        self.iteration, self.bandwidth = saved["iteration"], saved["bandwidth"]
+        self.iteration, self.bandwidth, self.kernel = saved["iteration"], saved["bandwidth"], saved.get("kernel")
         assign(trainable(self.model), saved["weights"])
         if self.ema is not None:
             assign(self.ema, saved["ema"])
@@ -123,14 +125,16 @@ def learning_rate(settings: Settings, iteration: int) -> float:
     return settings.lr * (0.5 + 0.5 * math.cos(math.pi * iteration / settings.iterations) if falls else 1)
 
 
-def calibrate_on(model, prompts: list[str], encoder: Callable[[Tensor], Tensor], settings: Settings) -> float:
-    """The bandwidth h from one round of the policy's samples, to be called before anything is trained."""
+def calibrate_on(state: State, prompts: list[str], encoder: Callable[[Tensor], Tensor], settings: Settings) -> None:
+    """Both bandwidths from one round of the policy's samples, to be called before anything is trained."""
+    model = state.model
     schedule = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
     share = deal(settings.groups, settings.updates)
     picked = pick_prompts(prompts, settings, 0)
     layout = chunks(len(share.mine), settings.group_size, 1, settings.micro_batch)
     samples = draw(model, picked, schedule, settings, share, (settings.seed, "calibrate"), layout)
-    return calibrate(scores(encoder, samples, share, features=True))
+    phi = scores(encoder, samples, share, features=True)
+    state.bandwidth, state.kernel = calibrate(phi), calibrate_kernel(phi)
 
 
 def train(
@@ -156,7 +160,7 @@ def train(
     layout = chunks(len(share.mine), settings.group_size, settings.updates, settings.micro_batch)
 
     if state.bandwidth is None:
-        state.bandwidth = calibrate_on(model, prompts, encoder, settings)
+        calibrate_on(state, prompts, encoder, settings)
 
     while state.iteration < settings.iterations:
         lap, schedule = Stopwatch(), full
@@ -181,6 +185,7 @@ def train(
             share.gather(log_prob),
             step_weights(schedule, settings.omega, samples.trajectory.steps).to(state.reward),
             generator_for(settings.seed, state.iteration, "select"),
+            state.kernel,
         )
         state.advantages = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize)
         pairs = method.select(group, state.advantages)

@@ -43,6 +43,7 @@ class Group:
     reward           R(x^k, c)
     features         phi(x^k) of the finished images (None when no encoder was given)
     bandwidth        h, calibrated on the base model
+    kernel           the kernel's own bandwidth h_K, likewise
     policy_log_prob  log p_theta(x_{i+1} | x_i) at sampling, per latent dimension
     omega            step weights with mean 1
     generator        seeded by the iteration, for methods that draw
@@ -54,13 +55,18 @@ class Group:
     policy_log_prob: Float[Tensor, "G K S"]
     omega: Float[Tensor, " S"]
     generator: torch.Generator | None = None
+    kernel: float | None = None
 
     def log_prob(self, space: str) -> Float[Tensor, "G K S"]:
         """The log-density of a space, per dimension, so that lambda carries over between encoders."""
         if space == "latent":
             return self.policy_log_prob
-        density = kernel_log_prob if space == "kernel" else perceptual_log_prob
-        return density(self.features, self.bandwidth, "mean")[..., None].expand_as(self.policy_log_prob)
+        if space == "perceptual":
+            values = perceptual_log_prob(self.features, self.bandwidth, "mean")
+        else:  # times h_K^2 / h^2, so that lambda means the same: as h_K grows, the bonus becomes the one above
+            own = self.kernel or self.bandwidth
+            values = kernel_log_prob(self.features, own, "mean") * (own / self.bandwidth) ** 2
+        return values[..., None].expand_as(self.policy_log_prob)
 
 
 @dataclass

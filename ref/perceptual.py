@@ -55,18 +55,45 @@ def perceptual_entropy(phi: Float[Tensor, "G K D"], bandwidth: float, reduction:
     return -perceptual_log_prob(phi, bandwidth, reduction).mean(1)
 
 
+def kernel_logits(phi: Float[Tensor, "G K D"], bandwidth: float) -> Float[Tensor, "G K K"]:
+    """-||phi_k - phi_j||^2 / 2 h^2 of all pairs of a group; -inf for j = k, which is left out."""
+    deviations(phi)  # checks the shape
+    logits = -torch.cdist(phi, phi, compute_mode="donot_use_mm_for_euclid_dist").square() / (2 * bandwidth**2)
+    return logits.masked_fill(torch.eye(phi.shape[1], dtype=torch.bool, device=phi.device), -torch.inf)
+
+
 def kernel_log_prob(phi: Float[Tensor, "G K D"], bandwidth: float, reduction: str = "sum") -> Float[Tensor, "G K"]:
     """Leave-one-out kernel density of every sample (proofs/P12).
 
     log of the mean over the other samples j of N(phi_k; phi_j, h^2 I). Where the Gaussian above sees
-    only how far samples lie from their mean, this one sees how many others are near.
+    only how far samples lie from their mean, this one sees how many others are near. Its bandwidth is one of
+    its own (`calibrate_kernel`): the Gaussian's would leave a sample in 768 dimensions its nearest neighbour alone.
     """
-    deviations(phi)  # checks the shape
     K, D = phi.shape[1:]
-    logits = -torch.cdist(phi, phi).square() / (2 * bandwidth**2)
-    logits = logits.masked_fill(torch.eye(K, dtype=torch.bool, device=phi.device), -torch.inf)
+    logits = kernel_logits(phi, bandwidth)
     log_prob = logits.logsumexp(2) - math.log(K - 1) - D / 2 * math.log(2 * math.pi * bandwidth**2)
     return log_prob if reduction == "sum" else log_prob / D
+
+
+def neighbours(phi: Float[Tensor, "G K D"], bandwidth: float) -> Float[Tensor, "G K"]:
+    """Effective number of neighbours of every sample, 1 to K - 1: exp of the entropy of its kernel's weights."""
+    return torch.special.entr(kernel_logits(phi, bandwidth).softmax(2)).sum(2).exp()
+
+
+def calibrate_kernel(phi: Float[Tensor, "G K D"], share: float = 0.25) -> float:
+    """The kernel's bandwidth: at which the base model's samples have `share` (K - 1) neighbours, on average.
+
+    The number grows with h from 1 (the nearest alone) to K - 1 (all alike), in any dimension; bisection on log h.
+    At least 1.5, for groups of a few. Raises ValueError when all features of every group agree.
+    """
+    phi = phi.double()
+    scale = calibrate(phi) * math.sqrt(phi.shape[2])  # the root mean square distance from the mean
+    wanted, low, high = max(1.5, share * (phi.shape[1] - 1)), math.log(1e-4 * scale), math.log(1e4 * scale)
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        enough = neighbours(phi, math.exp(middle)).mean().item() > wanted
+        low, high = (low, middle) if enough else (middle, high)
+    return math.exp(high)
 
 
 def calibrate(phi: Float[Tensor, "G K D"]) -> float:

@@ -94,7 +94,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def rounds(task: Task, settings: Settings, methods: tuple[str, ...], repeats: int, warmup: int) -> list[dict]:
     """For each round, what the methods' iterations took, {method: seconds and memory}; and the matmul rate."""
     model, state = task.model, start(task.model, settings)
-    state.bandwidth = calibrate_on(model, task.prompts, task.encoder, settings)
+    calibrate_on(state, task.prompts, task.encoder, settings)
     endless = dataclasses.replace(settings, iterations=10**9)
     runs = {
         m: train(model, task.prompts, task.reward, task.encoder, METHODS[m](clip=settings.clip), endless, state)

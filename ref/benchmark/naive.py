@@ -92,6 +92,7 @@ def naive_iteration(task: Task, encode: Callable, method: FlowGRPO, settings: Se
         old.unflatten(0, (-1, K)).cpu(),
         step_weights(schedule, settings.omega, tuple(steps)),
         generator_for(settings.seed, state.iteration, "select"),
+        state.kernel,
     )
     advantage = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize)
     pair = method.select(group, advantage)
@@ -143,7 +144,7 @@ def against_naive(task: Task, settings: Settings, method: FlowGRPO, repeats: int
     """
     settings = dataclasses.replace(settings, updates=1, iterations=10**9)
     state = start(task.model, settings)
-    state.bandwidth = calibrate_on(task.model, task.prompts, task.encoder, settings)
+    calibrate_on(state, task.prompts, task.encoder, settings)
     loop = train(task.model, task.prompts, task.reward, task.encoder, method, settings, state)
 
     def timed(iteration: Callable[[], dict]) -> tuple[float, dict]:
