@@ -31,7 +31,10 @@ def test_a_runs_name_is_read_whole():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--runs", "pec@pixels:1"], "got space 'pixels'"), (["--seeds", "0"], "seeds must be greater than or equal to 1, got 0")],
+    [
+        (["--runs", "pec@pixels:1"], "got space 'pixels'"),
+        (["--seeds", "0"], "seeds must be greater than or equal to 1, got 0"),
+    ],
 )
 def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):
     command = ["--preset", "mixture", "--output-dir", tmp_path, "--iterations", "1", *arguments]

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from ref.entropy import gaussian_kl
 from ref.grpo import train
-from ref.scale.weights import trainable
-from ref.settings import Settings
 from ref.methods import METHODS, SPACES, Group, Step, covariance
 from ref.metrics import feature_variance
+from ref.policy import gaussian_log_prob
+from ref.scale.weights import trainable
+from ref.settings import Settings
 from ref.worlds.mixture import MixtureFlow, ring, tilted
 
 CLIP = 0.05
@@ -203,3 +205,82 @@ def test_spaces_and_weights_out_of_range():
         METHODS["pec"](space="pixels")
     with pytest.raises(ValueError, match="from 0 to 1, got 1.5"):
         METHODS["clip_cov"](1.5)
+
+
+def drawn_group(seed=0, G=2, K=5, S=3, D=4):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    return Group(draw(G, K), draw(G, K, D), 0.7, draw(G, K, S), torch.ones(S, dtype=torch.float64))
+
+
+def drawn_step(seed=0, B=6, d=5):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    mean, std = draw(B, d).requires_grad_(), torch.tensor(0.3, dtype=torch.float64)
+    log_prob = gaussian_log_prob(draw(B, d), mean, std)
+    old = log_prob.detach() + 0.02 * draw(B)
+    return Step(log_prob, old, draw(B), torch.ones(B), mean, draw(B, d), draw(B, d), std)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dial_zero_has_flow_grpo_s_rewards_and_gradient_to_the_bit(name):
+    method, plain = METHODS[name](weight=0.0, clip=0.01), METHODS["flow_grpo"](clip=0.01)
+    assert torch.equal(method.shape(drawn_group()), plain.shape(drawn_group()))
+    (a := drawn_step()), (b := drawn_step())
+    method.loss(a).backward()
+    plain.loss(b).backward()
+    assert torch.equal(a.mean.grad, b.mean.grad)
+
+
+def test_clipped_policy_gradient_by_its_definition():
+    step = drawn_step()
+    expected = torch.zeros_like(step.mean)
+    for b in range(len(step.mean)):
+        ratio = (step.log_prob[b] - step.old_log_prob[b]).exp().item()
+        A = step.advantage[b].item()
+        clipped = (A > 0 and ratio > 1.01) or (A < 0 and ratio < 0.99)
+        if not clipped:
+            gradient = torch.autograd.grad(step.log_prob[b], step.mean, retain_graph=True)[0]
+            expected -= ratio * A * gradient / len(step.mean)
+    METHODS["flow_grpo"](clip=0.01).loss(step).backward()
+    torch.testing.assert_close(step.mean.grad, expected, rtol=1e-12, atol=1e-14)
+    assert 0 < (expected.abs().sum(1) == 0).sum() < len(expected)  # some pairs are clipped, some are not
+
+
+def test_kl_term_has_the_gradient_of_the_gaussian_kl():
+    step, plain = drawn_step(), drawn_step()
+    METHODS["flow_grpo_kl"](weight=0.5, clip=0.01).loss(step).backward()
+    METHODS["flow_grpo"](clip=0.01).loss(plain).backward()
+    kl = (step.mean - step.reference_mean).detach() / step.std**2 / step.mean.shape[1] / len(step.mean)
+    torch.testing.assert_close(step.mean.grad - plain.mean.grad, 0.5 * kl, rtol=1e-9, atol=1e-12)
+    oracle = torch.distributions.kl_divergence(
+        torch.distributions.Normal(step.mean, step.std), torch.distributions.Normal(step.reference_mean, step.std)
+    )
+    torch.testing.assert_close(gaussian_kl(step.mean, step.reference_mean, step.std, "sum"), oracle.sum(1))
+
+
+def test_clip_higher_clips_at_one_point_four_epsilon():
+    method = METHODS["clip_higher"](clip=0.01)
+    assert (method.low, method.high) == pytest.approx((0.99, 1.014))
+
+
+def test_pec_rewards_distance_from_the_group_mean():
+    group = drawn_group()
+    deviation = (group.features - group.features.mean(1, keepdim=True)).square().sum(-1)
+    D, h = group.features.shape[-1], group.bandwidth
+    bonus = METHODS["pec"](0.3).shape(group) - group.reward[..., None]
+    expected = 0.3 * deviation / (2 * h**2 * D)
+    constant = (bonus[..., 0] - expected)[0, 0]
+    torch.testing.assert_close(bonus, (expected + constant)[..., None].expand_as(bonus))
+
+
+def test_pcvae_is_pec_plus_the_latent_log_density():
+    group = drawn_group()
+    difference = METHODS["pcvae"](0.3).shape(group) - METHODS["pec"](0.3).shape(group)
+    torch.testing.assert_close(difference, 0.3 * group.policy_log_prob)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_out_of_range_is_refused(weight):
+    with pytest.raises(ValueError, match="weight of PEC must be a number from 0"):
+        METHODS["pec"](weight)

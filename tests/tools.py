@@ -1,4 +1,13 @@
-"""What the tests of several modules share."""
+"""What the tests of several modules share: commands and their refusals, paths, groups of features."""
+
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+
 
 def exit_code(main, arguments: list) -> int:
     """Of a command, whether its main returns it or ends the process."""
@@ -22,5 +31,14 @@ def flags(values: dict) -> list[str]:
     words = []
     for name, value in values.items():
         dashed = name.replace("_", "-")
-        words += [f"--{dashed}" if value else f"--no-{dashed}"] if isinstance(value, bool) else [f"--{dashed}", str(value)]
+        words += (
+            [f"--{dashed}" if value else f"--no-{dashed}"] if isinstance(value, bool) else [f"--{dashed}", str(value)]
+        )
     return words
+
+
+@st.composite
+def features(draw):
+    G, K, D = draw(st.integers(1, 4)), draw(st.integers(2, 9)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return torch.randn(G, K, D, generator=generator, dtype=torch.float64) * draw(st.floats(0.01, 100))

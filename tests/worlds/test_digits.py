@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ref.worlds import digits
-from ref.sampling import sample
 from ref.metrics import feature_variance
+from ref.sampling import sample
+from ref.worlds import digits
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,8 @@ def test_captions_must_be_understood(parts):
     for caption in ("a handwritten", "seven or eight"):
         with pytest.raises(ValueError, match="exactly one digit"):
             digits.label(caption)
+
+
+def test_missing_base_weights_name_the_command_that_makes_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="python -m ref.worlds.digits_base"):
+        digits.load(tmp_path)

@@ -1,0 +1,81 @@
+"""Rewards by name, and their weighted sums."""
+
+import pytest
+import torch
+
+from ref.scoring.encoders import load_encoder
+from ref.scoring.load import WeightedSum, load_reward
+from ref.scoring.reward import Reward
+from ref.scoring.rules import JPEG
+
+from .tools import PROMPTS, Calls
+
+
+def test_each_image_is_scored_with_its_own_prompt_whatever_the_batch(folders, hps, images):
+    for name in (f"pickscore={folders['clip']}", hps, f"aesthetic={folders['siglip']}", "jpeg"):
+        reward = load_reward(name)
+        whole, order = reward(images, PROMPTS), [4, 2, 0, 1, 3]
+        shuffled = reward(images[order], [PROMPTS[i] for i in order])
+        torch.testing.assert_close(shuffled, whole[order], atol=1e-6, rtol=0)
+        halves = torch.cat([reward(images[:2], PROMPTS[:2]), reward(images[2:], PROMPTS[2:])])
+        torch.testing.assert_close(halves, whole, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="one prompt for each image, got 5 and 4"):
+        reward(images, PROMPTS[:4])
+
+
+def test_phi_and_a_reward_of_the_same_model_share_one_forward_pass(folders, images):
+    name = f"pickscore={folders['clip']}"
+    phi = load_encoder(name)
+    shared, separate = load_reward(f"{name}+jpeg:0.5", encoders=[phi]), load_reward(f"{name}+jpeg:0.5")
+    calls, text = Calls(phi.model.vision_model), Calls(phi.model.text_model)
+    for iteration in range(3):
+        batch = images + 0.01 * iteration
+        value = shared(batch, PROMPTS)
+        phi(batch)
+        assert calls.count == iteration + 1 and text.count == iteration + 1
+        torch.testing.assert_close(value, separate(batch, PROMPTS))
+    assert separate.rewards[0].encoder is not phi
+    other = load_reward(f"clip_score=clip={folders['clip']}", encoders=[phi])
+    assert other.encoder is not phi  # another name is another model
+
+
+def test_a_weighted_sum_is_the_sum_and_names_what_went_wrong(folders, images):
+    name = f"pickscore={folders['clip']}"
+    total = load_reward(f"pickscore:0.7={folders['clip']}+jpeg:-0.3")
+    expected = 0.7 * load_reward(name)(images, PROMPTS) - 0.3 * load_reward("jpeg")(images, PROMPTS)
+    torch.testing.assert_close(total(images, PROMPTS), expected)
+    assert total.name == "0.7 pickscore + -0.3 jpeg"
+
+    class Broken(Reward):
+        def score(self, images, prompts):
+            return torch.tensor([torch.nan if prompt == "seven" else 1.0 for prompt in prompts])
+
+    with pytest.raises(ValueError, match="broken returned a NaN or infinite value for the prompt 'seven'"):
+        WeightedSum([(1.0, JPEG("jpeg")), (0.0, Broken("broken"))])(images, PROMPTS)
+
+
+def test_a_nan_image_has_a_nan_score_in_every_reward(folders, images):
+    images[1] = torch.nan
+    for name in (f"pickscore={folders['clip']}", "jpeg"):
+        assert load_reward(name)(images, PROMPTS).isnan().tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "specification, message",
+    [
+        ("", "unknown reward ''"),
+        ("pikscore", "unknown reward 'pikscore'; write NAME"),
+        ("jpeg+", "unknown reward ''"),
+        ("jpeg:half", "the weight of jpeg must be a number, as in jpeg:0.5"),
+        ("jpeg:nan", "the weight of jpeg must be a number"),
+        ("jpeg:", "the weight of jpeg must be a number"),
+        ("jpeg:0.3+ocr:0,7", "the weight of ocr must be a number"),
+        ("pickscore=/nowhere", "there is no folder /nowhere"),
+        ("aesthetic={clip}", "holds a model of type clip, not siglip"),
+        ("image_reward={clip}", "has no med_config.json"),
+    ],
+)
+def test_a_wrong_specification_gets_one_line(specification, message, folders):
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        load_reward(specification.format(**folders))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,57 @@
+"""What the tests train: the digits with few samples and steps, and the large presets on tiny pipelines."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ref.options import Pipeline
+from ref.presets import PRESETS
+from ref.settings import Settings
+from ref.worlds import digits
+
+from .tools import flags
+
+# the digits as Python trains them
+SMALL = Settings(iterations=2, groups=4, group_size=3, updates=2, steps=4, lr=3e-3, clip=1e-2, seed=7)
+PROMPTS = digits.PROMPTS[:6]
+
+# the digits as the command trains them
+TINY = dict(iterations=4, groups=3, group_size=2, updates=1, steps=3, window=1)
+DIGITS_SETTINGS = dataclasses.replace(PRESETS["digits"].settings, **TINY)
+
+# the large presets, on the fixture `world`
+PRESET = {"sd3": "sd35_medium", "flux": "flux_dev"}
+TRAINING = ["a cat on a mat", "two red apples", 'a sign that says "hello"']
+LARGE_SETTINGS = dict(iterations=2, groups=2, group_size=2, updates=1, micro_batch=3, steps=3, lr=1e-2)
+
+
+def small_model():
+    model, reward, phi, _ = digits.load()
+    model.add_lora(4, 8)
+    return model, reward, phi
+
+
+def command(folder, *extra, method="pec", preset="digits"):
+    return ["--preset", preset, "--method", method, "--output-dir", str(folder), *flags(TINY), *extra]
+
+
+def same(a, b):
+    """Nested equality to the last bit, wall-clock times aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if not str(k).startswith("seconds"))
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def options(world: Path, kind: str) -> dict:
+    return dict(
+        model=str(world / kind), reward=f"pickscore={world / 'clip'}", prompts=str(world / "train.txt"),
+        evaluation_prompts=str(world / "evaluation.jsonl"), evaluation_steps=2, images_per_prompt=2, height=32,
+        width=32, max_sequence_length=16, lora_rank=4, cache_dir=world / "cache",
+    )  # fmt: skip
+
+
+def pipeline(world: Path, kind: str, **changes) -> Pipeline:
+    return Pipeline(**options(world, kind) | changes)

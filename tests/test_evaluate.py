@@ -1,0 +1,77 @@
+"""A row of the tables for any pipeline, and the table of many rows."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from ref import evaluate
+
+from .small import PRESET
+from .tools import DATA, refusal
+
+
+@pytest.mark.parametrize("kind", PRESET)
+def test_a_row_holds_the_paper_s_columns(kind, world, tmp_path):
+    arguments = ["--model", str(world / kind), "--prompts", str(world / "evaluation.jsonl"), "--images-per-prompt", "3",
+                 "--rewards", f"pickscore={world / 'clip'}", "jpeg", "--encoders", f"dino={world / 'dino'}",
+                 f"clip={world / 'clip'}", "--steps", "2", "--height", "32", "--width", "32", "--batch", "2"]  # fmt: skip
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for file in files:
+        assert evaluate.main([*arguments, "--output", str(file), "--images", str(tmp_path / "images")]) == 0
+    assert files[0].read_text() == files[1].read_text()  # the seeds are the prompts' and images' numbers
+    with (DATA / "paper_table1.csv").open() as paper:
+        columns = set(next(csv.reader(paper))) - {"method", "perceptual_space", "overall"}
+    with files[0].open() as file:
+        [row] = csv.DictReader(file)
+    assert {c for c in columns if "norm_avg" not in c} <= set(row)
+    assert row["prompts"] == "3" and row["aesthetic_v2_5"] == ""
+
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    from ref.scoring.encoders import load_encoder
+
+    files = [[tmp_path / "images" / f"{n:04d}-{k}.png" for k in range(3)] for n in range(3)]
+    images = torch.stack([pil_to_tensor(Image.open(f)) for line in files for f in line]) / 255
+    phi = load_encoder(f"dino={world / 'dino'}")(images).view(3, 3, -1).double()
+    distance = torch.stack([torch.pdist(group).mean() for group in phi]).mean().item()
+    trace = torch.stack([torch.cov(group.T).trace() for group in phi]).mean().item()
+    # the saved image is the scored one, up to an 8-bit rounding at exact halves
+    assert float(row["dino_diversity"]) == pytest.approx(distance, rel=1e-3)
+    assert float(row["var_dino"]) == pytest.approx(100 * trace, rel=1e-3)
+
+
+def test_rows_of_table_1_give_its_averages(capsys):
+    """The paper's own rows: Norm.Avg and Overall as printed, to half a unit of the last digit."""
+    assert evaluate.main(["--table", DATA / "paper_table1.csv", "--form", "csv"]) == 0
+    ours = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    with (DATA / "paper_table1.csv").open() as file:
+        paper = list(csv.DictReader(file))
+    assert len(ours) == len(paper) == 18
+    for mine, theirs in zip(ours, paper):
+        for column in ("quality_norm_avg", "diversity_norm_avg", "overall"):
+            assert math.isclose(float(mine[column]), float(theirs[column]), abs_tol=6e-4)
+
+
+def test_a_table_leaves_empty_columns_out(tmp_path, capsys):
+    for name, score in (("base", 0.2), ("tuned", 0.3)):
+        (tmp_path / f"{name}.csv").write_text(f"name,pickscore,hps_v2_1,var_dino\n{name},{score},,{1 - score}\n")
+    assert evaluate.main(["--table", str(tmp_path / "base.csv"), str(tmp_path / "tuned.csv")]) == 0
+    head, _, base, tuned = capsys.readouterr().out.strip().splitlines()
+    assert "pickscore" in head and "hps_v2_1" not in head
+    assert "**0.300**" in tuned and "**0.70**" not in tuned and "**0.80**" in base
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give --model"),
+        (["--model", "/nowhere/x", "--rewards", "jpeg", "--encoders"], "there is no folder /nowhere/x"),
+        (["--model", "x", "--images-per-prompt", "1"], "images_per_prompt must be greater than or equal to 2, got 1"),
+        (["--table", "/nowhere/row.csv"], "No such file"),
+    ],
+)
+def test_evaluation_names_what_is_wrong(arguments, message, capsys):
+    assert message in refusal(evaluate.main, arguments, capsys)
