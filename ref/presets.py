@@ -31,11 +31,13 @@ import torch
 
 from ref import metrics
 from ref.models.prompts import read_prompts
-from ref.options import Pipeline
+from ref.options import Pipeline, near
 from ref.perceptual import perceptual_entropy
 from ref.sampling import sample, scores
 from ref.scale.processes import deal_padded
 from ref.settings import Settings
+
+MOST_EVALUATED = 64  # prompts, where none are named for the evaluation: it then takes about as long as an iteration
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Task:
 def chosen(table: dict[str, Callable], encoder: str | None) -> Callable:
     """The encoder of that name, the first of the table by default. Raises ValueError for an unknown name."""
     if encoder is not None and encoder not in table:
-        raise ValueError(f"unknown encoder {encoder!r}; this preset has {', '.join(table)}")
+        raise ValueError(f"unknown encoder {encoder!r}; {near(encoder, table)}this preset has {', '.join(table)}")
     return table[encoder or next(iter(table))]
 
 
@@ -123,15 +125,22 @@ def mixture(encoder: str | None = None) -> Task:
 def text_to_image(encoder: str | None, options: Pipeline) -> Task:
     """A pipeline of models/load.py, a reward and an encoder by name (phi is PickScore by default), prompts from files.
 
-    What reward and encoder have in common is loaded, and computed, once.
+    What reward and encoder have in common is loaded, and computed, once. Names, and what the reward demands of prompts,
+    are checked before anything is.
     """
     from accelerate import PartialState
 
     from ref.models.load import load
-    from ref.scoring.encoders import load_encoder
-    from ref.scoring.load import load_reward
+    from ref.scoring.encoders import check_name, load_encoder
+    from ref.scoring.load import check_prompts, load_reward
 
-    training, evaluation = read_prompts(options.prompts), read_prompts(options.evaluation_prompts)
+    training = read_prompts(options.prompts)
+    if options.evaluation_prompts is None and options.prompts != "train":
+        evaluation = training[:: -(-len(training) // MOST_EVALUATED)]
+    else:
+        evaluation = read_prompts(options.evaluation_prompts or "evaluation")
+    check_name(encoder or "pickscore")
+    check_prompts(options.reward, training + evaluation)
     device = PartialState().device  # this process's GPU; "cpu:0" among several processes on the CPU
     device = torch.device("cpu") if device.type == "cpu" else device
     elsewhere = {"memory", "model", "reward", "prompts", "evaluation_prompts", "evaluation_steps", "images_per_prompt"}

@@ -38,6 +38,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ref.models.hub import hub_errors
+from ref.options import near
 
 HUB = {
     "pickscore": "yuvalkirstain/PickScore_v1",
@@ -256,6 +257,14 @@ def open_clip_encoder(name: str, source: str | None, dtype: torch.dtype) -> Open
     return OpenCLIP(name, network.to(dtype), open_clip.get_tokenizer(model))
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that no encoder has; nothing is loaded."""
+    word, _, source = name.partition("=")
+    if word not in HUB and not word.startswith("open_clip:") and not (word == "open_clip" and source):
+        guess = near(word, [*HUB, "open_clip"])
+        raise ValueError(f"unknown encoder {name!r}; {guess}choose {', '.join(HUB)}, open_clip:MODEL/PRETRAINED, or NAME=FOLDER")  # fmt: skip
+
+
 def load_encoder(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
     """The encoder called `name`: a row of the table above, or NAME=SOURCE.
 
@@ -265,12 +274,8 @@ def load_encoder(name: str, device: torch.device | str = "cpu", dtype: torch.dty
     Raises ValueError for an unknown name or weights of another kind of model, OSError with one line that
     names the model and the remedy when weights cannot be had (gated, missing, no network).
     """
+    check_name(name)
     word, _, source = name.partition("=")
     source = source or HUB.get(word)
-    if word == "open_clip" and source or word == "hpsv2" or word.startswith("open_clip:"):
-        encoder = open_clip_encoder(name, source, dtype)
-    elif word in HUB:
-        encoder = transformers_encoder(name, source, dtype)
-    else:
-        raise ValueError(f"unknown encoder {name!r}; choose {', '.join(HUB)}, open_clip:MODEL/PRETRAINED, or NAME=FOLDER")  # fmt: skip
-    return encoder.to(device)
+    make = open_clip_encoder if word.startswith("open_clip") or word == "hpsv2" else transformers_encoder
+    return make(name, source, dtype).to(device)

@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ref.options import near
 from ref.sampling import ask
 from ref.scoring.encoders import Encoder, find, load_encoder, one_line
 from ref.scoring.preference import Aesthetic, Cosine
@@ -49,6 +50,10 @@ class WeightedSum(Reward):
     def __init__(self, terms: list[tuple[float, Reward]]):
         super().__init__(" + ".join(f"{weight:g} {reward.name}" for weight, reward in terms))
         self.weights, self.rewards = [weight for weight, _ in terms], nn.ModuleList(reward for _, reward in terms)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        for reward in self.rewards:
+            reward.check_prompts(prompts)
 
     def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         values = [ask(reward, images, prompts) for reward in self.rewards]
@@ -91,7 +96,7 @@ def unified_reward(name, source, encoder, device, dtype) -> Reward:
     return UnifiedReward(name, source or URL)
 
 
-# name -> (name, source, encoder by name, device, dtype) -> Reward
+# name -> (name, source, encoder by name, device, dtype) -> Reward. A class is asked what it demands of prompts
 REWARDS = {
     "pickscore": cosine,
     "clip_score": cosine,
@@ -99,9 +104,37 @@ REWARDS = {
     "aesthetic": aesthetic,
     "image_reward": image_reward,
     "unified_reward": unified_reward,
-    "ocr": lambda name, *_: OCR(name),
-    "jpeg": lambda name, *_: JPEG(name),
+    "ocr": OCR,
+    "jpeg": JPEG,
 }
+
+
+def parse(specification: str) -> list[tuple[float, str, str | None]]:
+    """(weight, name, source) of every term. Raises ValueError for a name or weight that is not understood."""
+    terms = []
+    for term in specification.split("+"):
+        parsed = re.fullmatch(r"\s*(\w+)(?::([^=]*))?(?:=(.+?))?\s*", term)
+        if not parsed or parsed[1] not in REWARDS:
+            guess = near(parsed[1] if parsed else term.strip(), REWARDS)
+            raise ValueError(f"unknown reward {term.strip()!r}; {guess}write NAME[:WEIGHT][=SOURCE], NAME one of {', '.join(REWARDS)}")  # fmt: skip
+        name, weight, source = parsed.groups()
+        try:
+            weight = 1.0 if weight is None else float(weight)
+        except ValueError:
+            weight = float("nan")
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {name} must be a number, as in {name}:0.5, got {term.strip()!r}")
+        terms.append((weight, name, source))
+    return terms
+
+
+def check_prompts(specification: str, prompts: list[str]) -> None:
+    """Raises ValueError for a specification that is not understood, or a prompt that one of its rewards cannot judge.
+
+    Nothing is loaded for it.
+    """
+    for _, name, _ in parse(specification):
+        getattr(REWARDS[name], "check_prompts", Reward.check_prompts)(prompts)
 
 
 def load_reward(
@@ -126,17 +159,7 @@ def load_reward(
             pool[name] = load_encoder(name, device, dtype)
         return pool[name]
 
-    terms = []
-    for term in specification.split("+"):
-        parsed = re.fullmatch(r"\s*(\w+)(?::([^=]*))?(?:=(.+?))?\s*", term)
-        if not parsed or parsed[1] not in REWARDS:
-            raise ValueError(f"unknown reward {term.strip()!r}; write NAME[:WEIGHT][=SOURCE], NAME one of {', '.join(REWARDS)}")  # fmt: skip
-        name, weight, source = parsed.groups()
-        try:
-            weight = 1.0 if weight is None else float(weight)
-        except ValueError:
-            weight = float("nan")
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of {name} must be a number, as in {name}:0.5, got {term.strip()!r}")
-        terms.append((weight, REWARDS[name](name, source, encoder, device, dtype)))
+    terms = [
+        (weight, REWARDS[name](name, source, encoder, device, dtype)) for weight, name, source in parse(specification)
+    ]
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)

@@ -11,11 +11,19 @@ from ref.scoring.encoders import blank_bad, to_bytes
 
 
 class Reward(nn.Module):
-    """A subclass gives `score(images, prompts) -> [B]`; no sample's score depends on the others."""
+    """A subclass gives `score(images, prompts) -> [B]`; no sample's score depends on the others.
+
+    Where it asks something of prompts, `check_prompts` raises a ValueError for those it cannot judge: it is called
+    with all prompts of training and evaluation before anything is loaded.
+    """
 
     def __init__(self, name: str):
         super().__init__()
         self.name = name
+
+    @staticmethod
+    def check_prompts(prompts: list[str]) -> None:
+        """Every prompt will do."""
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
