@@ -43,6 +43,17 @@ def path_entropy(schedule: FlowSchedule, dim: int) -> Tensor:
     return start + policy_entropy(schedule, dim)[list(schedule.steps)].sum()
 
 
+def entropy_floor(schedule: FlowSchedule, dim: int) -> Tensor:
+    """H_i of the last stochastic step, 0-d, nats: H(z) of the state z it leads to is never lower (proofs/P17).
+
+    z is the last noisy state, x_{N-1} by default; H(z) less this floor is I(path; z), the nats that training can
+    still move from "which image" to "which path to it". Raises ValueError for a schedule without noise.
+    """
+    if not schedule.steps:
+        raise ValueError("a schedule without stochastic steps has no entropy to lose, hence no floor")
+    return policy_entropy(schedule, dim)[schedule.steps[-1]]
+
+
 def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor | float, reduction: str = "mean") -> Tensor:
     """KL(N(mean, std^2 I) || N(other, std^2 I)), [B], nats; symmetric in the means (proofs/P05)."""
     return reduce(((mean - other) / std).square() / 2, reduction)
