@@ -155,9 +155,7 @@ def replicator(p0: Tensor, reward: Tensor, tau: Tensor | float) -> Tensor:
     return (p0.log() + tau * reward).softmax(-1)
 
 
-def conditional_replicator(
-    p0: Tensor, reward: Tensor, tau: Tensor | float, weights: Tensor | None = None
-) -> Tensor:
+def conditional_replicator(p0: Tensor, reward: Tensor, tau: Tensor | float, weights: Tensor | None = None) -> Tensor:
     """E over x_0 of p_0(m | x_0) exp(tau R_m) / Z(x_0): the curve of a flow, whose x_0 is not trained (proofs/P16).
 
     p0 [X, M] holds p_0(. | x_0) at X draws (or quadrature nodes) of x_0, `weights` [X] their weights (equal when

@@ -207,7 +207,7 @@ def test_p16_monte_carlo_by_branching():
         products += one * two
         unconditional += one.mean().item() * two.mean().item()
         x = sde_step(s, x, WORLD.velocity(x, s.sigmas[i]), i, eps=draw())[0]
-    error = products.std().item() / math.sqrt(n)  # sums over i of one path may be correlated: they are, and it is counted
+    error = products.std().item() / math.sqrt(n)  # of sums over a path, whose terms are correlated
     expected = Chain(points=801).speed()[0]
     assert abs(products.mean().item() - expected) < Z * error + 1e-3
     for wrong in (unconditional, Chain(points=801).speed()[2]):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
+from ref import figures
 from ref.entropy import entropy_floor, knn_entropy, path_entropy, policy_entropy
 from ref.mixture import GaussianMixture
 from ref.policy import rollout
@@ -104,7 +105,9 @@ def test_p17_mutual_information_by_quadrature(kind, steps, eta, seed, scale):
 
 
 @pytest.mark.claim("P17")
-@pytest.mark.parametrize(("kind", "window"), [("flow_sde", None), ("dance_sde", None), ("cps", None), ("flow_sde", (1, 2))])
+@pytest.mark.parametrize(
+    ("kind", "window"), [("flow_sde", None), ("dance_sde", None), ("cps", None), ("flow_sde", (1, 2))]
+)
 def test_p17_closed_forms(kind, window):
     """Mean constant: the floor, exactly. Two means +-c with probabilities w: floor + h(w) - H(mode | z), by SciPy's quad.
 
@@ -178,6 +181,7 @@ def test_p17_what_can_move_in_the_base_model():
     sigma = s.sigmas[s.steps[-1] + 1].item()  # of z, where the flow's own law is two Gaussians of variance V
     V = (1 - sigma) ** 2 * 0.35**2 + sigma**2
     exact = -(H * WORLD.log_prob(GRID[:, None], sigma).exp() * WORLD.log_prob(GRID[:, None], sigma)).sum().item()
+    assert figures.entropy_budget([0, 70], [base, 0.512], entropy_floor(s, 1).item()).axes[0].get_xlim() == (0, 70)
     estimate = math.log(2) + 0.5 * math.log(2 * math.pi * math.e * V)
     assert estimate - 0.01 < exact < estimate  # less H(mode | z)
     with pytest.raises(ValueError, match="without stochastic steps"):
