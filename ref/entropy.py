@@ -44,6 +44,17 @@ def path_entropy(schedule: FlowSchedule, dim: int) -> Float[Tensor, ""]:
     return start + policy_entropy(schedule, dim)[list(schedule.steps)].sum()
 
 
+def entropy_floor(schedule: FlowSchedule, dim: int) -> Float[Tensor, ""]:
+    """H_i of the last stochastic step, 0-d, nats: H(z) of the state z it leads to is never lower (proofs/P17).
+
+    z is the last noisy state, x_{N-1} by default; H(z) less this floor is I(path; z), the nats that training can
+    still move from "which image" to "which path to it". Raises ValueError for a schedule without noise.
+    """
+    if not schedule.steps:
+        raise ValueError("a schedule without stochastic steps has no entropy to lose, hence no floor")
+    return policy_entropy(schedule, dim)[schedule.steps[-1]]
+
+
 def gaussian_kl(
     mean: Float[Tensor, " B *latent"],
     other: Float[Tensor, " B *latent"],

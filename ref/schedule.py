@@ -133,3 +133,23 @@ class FlowSchedule:
 
     def __len__(self) -> int:
         return len(self.sigmas) - 1
+
+
+def variance_recursion(schedule: FlowSchedule, data_std: float) -> tuple[Float[Tensor, " states"], Float[Tensor, " N"]]:
+    """Where the exact flow of data N(0, s^2) takes its own samples: (ratio, amplification), float64.
+
+    ratio[i] is the variance of x_i over V_i = (1 - sigma_i)^2 s^2 + sigma_i^2, that of the flow's marginal, which
+    it starts from; amplification[i] is what step i multiplies a deviation of it by,
+    ratio[i+1] = amplification[i] ratio[i] + s_i^2 / V_{i+1}. A step is *stable* where this is at most 1
+    (proofs/P18). With data of several widths each principal direction has its own s.
+    """
+    sigma = schedule.sigmas.double()
+    V = (1 - sigma) ** 2 * data_std**2 + sigma**2
+    slope = (sigma - (1 - sigma) * data_std**2) / V  # the exact velocity is slope x
+    one, ratio, amplification = torch.ones(1, dtype=torch.float64), [1.0], []
+    for i in range(len(schedule)):
+        if V[i + 1] == 0:
+            raise ValueError("data of width 0 have no relative variance at sigma = 0; take data_std > 0")
+        amplification.append((schedule.mean(one, slope[i : i + 1], i) ** 2 * V[i] / V[i + 1]).item())
+        ratio.append(amplification[i] * ratio[i] + (schedule.std[i].double() ** 2 / V[i + 1]).item())
+    return torch.tensor(ratio, dtype=torch.float64), torch.tensor(amplification, dtype=torch.float64)

@@ -205,3 +205,96 @@ def movie(frames: list[Figure], seconds: float = 6.0) -> bytes:
     pace = [int(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [1500]  # rest on the last frame
     pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=pace, loop=0)
     return buffer.getvalue()
+
+
+def kernel_stability(
+    curves: dict[str, tuple[list[int], list[float]]], unstable: tuple[float, float], title: str = ""
+) -> Figure:
+    """P18: the variance of the samples over that of the data, against the number of steps; a line for each kernel.
+
+    curves: kernel -> (numbers of steps, ratios); unstable: the range of steps in which `dance_sde` amplifies.
+    """
+    figure, axis = panels(1, 1, width=6.6, height=4.0)
+    colors = {"dance_sde": "#c44e52", "flow_sde": "#4c72b0", "cps": "#55a868"}
+    axis.axvspan(*unstable, color="#c44e52", alpha=0.08, lw=0)
+    axis.axhline(1, color="black", lw=0.9, ls=":")
+    places = {
+        "dance_sde": (0.38, (-10, 4), "right"),
+        "flow_sde": (0.45, (-4, 8), "right"),
+        "cps": (0.45, (6, -12), "left"),
+    }
+    for kernel, (steps, ratios) in curves.items():
+        axis.loglog(steps, ratios, color=colors[kernel], lw=2.2)
+        at, offset, side = places[kernel]
+        point = steps[int(at * len(steps))], ratios[int(at * len(steps))]
+        style = dict(color=colors[kernel], fontweight="bold", textcoords="offset points", ha=side, va="center")
+        axis.annotate(kernel, point, xytext=offset, **style)
+    steps, ratios = curves["dance_sde"]
+    worst = max(range(len(steps)), key=lambda n: ratios[n])
+    text = f"{ratios[worst]:,.0f} times too wide at {steps[worst]} steps"
+    axis.annotate(text, (steps[worst], ratios[worst]), xytext=(0, 8), textcoords="offset points", ha="center", color=colors["dance_sde"])  # fmt: skip
+    inside = (unstable[0] * unstable[1]) ** 0.5
+    axis.text(inside, min(curves["cps"][1]) * 1.3, "dance_sde overshoots\nnear the data", color=colors["dance_sde"], ha="center", fontsize=9)  # fmt: skip
+    axis.text(steps[0], 1.2, " as wide as the data", fontsize=9, va="bottom")
+    axis.set(xlabel="denoising steps $N$", ylabel="variance of the samples / of the data", title=title)
+    axis.set(xlim=(steps[0], steps[-1]), ylim=(None, ratios[worst] * 8))
+    return figure
+
+
+def entropy_budget(iterations: list[int], image: list[float], floor: float) -> Figure:
+    """P17: of the nats that *can* leave the image, how many have: H(z) `image` at `iterations`, above its floor."""
+    figure, axis = panels(1, 1, width=6.6, height=3.8)
+    start, end, last = image[0], image[-1], iterations[-1]
+    bottom = floor - 0.35 * (start - floor)
+    axis.fill_between(iterations, image, start, color="#4c72b0", alpha=0.55, lw=0)
+    axis.fill_between(iterations, floor, image, color="#c44e52", alpha=0.75, lw=0)
+    axis.fill_between(iterations, bottom, floor, facecolor="#e8e8e8", edgecolor="#bdbdbd", hatch="///", lw=0)
+    axis.plot(iterations, image, color="#8c2d31", lw=2)
+    axis.axhline(floor, color="black", lw=2)
+    for height, text in ((start, f"base model {start:.2f}"), (end, f"now {end:.2f}"), (floor, f"floor {floor:.2f}")):
+        axis.text(last, height, f" {text}", va="center")
+    middle = iterations[0] + 0.3 * (last - iterations[0])
+    axis.text(middle, (floor + start) / 2, "which image", ha="center", va="center", color="white", fontsize=11)
+    moved = f"moved to the path:\n{start - end:.2f} of {start - floor:.2f} nats, {(start - end) / (start - floor):.0%}"
+    axis.text(last - 0.02 * (last - iterations[0]), start - 0.06 * (start - floor), moved, ha="right", va="top")
+    box = dict(bbox=dict(facecolor="#e8e8e8", edgecolor="none", pad=1.5), ha="center", va="center")
+    centre = (iterations[0] + last) / 2, (bottom + floor) / 2
+    axis.text(*centre, "the last noisy step's own noise: no policy loses it", **box)
+    axis.set(xlabel="iteration", ylabel="entropy of $z$, nats", xlim=(iterations[0], last), ylim=(bottom, start))
+    return figure
+
+
+def dual_swing(
+    runs: dict[str, list[tuple[list[float], list[float]]]],
+    rest: tuple[float, float],
+    theory: tuple[list[float], list[float]] | None = None,
+) -> Figure:
+    """P19: lambda finds lambda*, p finds p*. Over the iterations, and against each other.
+
+    runs: label -> one (p, lambda) history a seed; rest: (p*, lambda*); theory: the equation's (p, lambda).
+    """
+    figure, (left, middle, right) = panels(1, 3, width=3.7, height=3.3)
+    star = dict(marker="*", ms=15, color="#f2b134", mec="black", mew=0.8, ls="", zorder=5)
+    for (label, seeds), color in zip(runs.items(), ("#4c72b0", "#c44e52", "#55a868")):
+        for n, (p, weight) in enumerate(seeds):
+            style = dict(color=color, lw=0.9, alpha=min(0.8, 2 / len(seeds)))
+            steps = range(1, len(p) + 1)
+            left.plot(steps, p, **style)
+            middle.plot(steps, weight, **style)
+            right.plot(p, weight, **style)
+        left.plot([], [], color=color, label=label)
+    if theory is not None:
+        steps = range(1, len(theory[0]) + 1)
+        left.plot(steps, theory[0], color="black", lw=2, label="theory")
+        middle.plot(steps, theory[1], color="black", lw=2)
+        right.plot(*theory, color="black", lw=2)
+    for axis, height, name in ((left, rest[0], "$p^*$"), (middle, rest[1], "$\\lambda^*$")):
+        axis.axhline(height, color="black", lw=0.9, ls="--")
+        axis.text(1.0, height, f" {name} = {height:.2f}", va="center", transform=axis.get_yaxis_transform())
+        axis.set(xlabel="iteration")
+    right.plot(*rest, **star)
+    left.set(title="share of the better mode, $p$")
+    middle.set(title="weight $\\lambda$")
+    right.set(title="one against the other", xlabel="$p$", ylabel="$\\lambda$")
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure

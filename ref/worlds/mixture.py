@@ -156,6 +156,17 @@ def replicator(p0: Tensor, reward: Tensor, tau: Tensor | float) -> Tensor:
     return (p0.log() + tau * reward).softmax(-1)
 
 
+def conditional_replicator(p0: Tensor, reward: Tensor, tau: Tensor | float, weights: Tensor | None = None) -> Tensor:
+    """E over x_0 of p_0(m | x_0) exp(tau R_m) / Z(x_0): the curve of a flow, whose x_0 is not trained (proofs/P16).
+
+    p0 [X, M] holds p_0(. | x_0) at X draws (or quadrature nodes) of x_0, `weights` [X] their weights (equal when
+    None, normalised here); reward [M], tau a number or [T] -> [M] or [T, M]. Exact as the number of steps grows;
+    for two outcomes an upper bound of the better one's share at every number of steps.
+    """
+    weights = torch.ones(len(p0)).to(p0) if weights is None else weights
+    return weights / weights.sum() @ replicator(p0, reward, torch.as_tensor(tau, dtype=p0.dtype)[..., None])
+
+
 def critical_lambda(reward_gap: float, feature_distance: float, bandwidth: float) -> float:
     """lambda_c = 2 delta h^2 / Delta^2: PEC keeps both modes iff its weight is larger (proofs/P11).
 

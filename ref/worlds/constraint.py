@@ -1,0 +1,85 @@
+"""A diversity in place of a weight: lambda as the multiplier of a constraint (proofs/P19).
+
+Instead of guessing lambda, ask for a feature variance V* and let lambda find itself: it rises while the variance V
+is too small, and falls while it is too large. The better of two modes holds p, features are Delta apart, so
+V = Delta^2 p (1 - p); rewards differ by delta. In each iteration
+
+    lambda     += eta (V* - V),                     not below 0
+    logit p    += (r / delta) [delta + Lambda Delta^2 (1 - 2 p)],
+    Lambda      = (lambda + kappa (V* - V)) / (2 h^2) (K - 2) / K,    not below 0
+
+r is the learner's speed, kappa a proportional part that damps. Both rest at
+
+    p* = 1/2 + u / 2,    u = sqrt(1 - 4 V* / Delta^2),      lambda* = 2 delta h^2 / (Delta^2 u) K / (K - 2),
+
+lambda* being P11's law read backwards. Near it they swing, x'' + 2 gamma x' + omega^2 x = 0, with
+
+    omega^2 = eta r u^2 (1 - u^2) Delta^4 / (8 delta h^2) (K - 2) / K,
+    gamma   = r (1 - u^2) / (4 u) + kappa omega^2 / (2 eta).
+
+    symbol        meaning                                                in code
+    V*            feature variance asked for (metrics.feature_variance)  target
+    lambda        weight on log p_perc *summed* over features            weight
+    eta, kappa    steps of lambda                                        integral, proportional
+    r             logit p gained per iteration by the reward alone       speed
+
+`methods.PEC` averages over the D features: its weight is D lambda. `hold` is the rule without units.
+"""
+
+import math
+
+
+def rest_point(
+    target: float, reward_gap: float, feature_distance: float, bandwidth: float, group_size: int
+) -> tuple[float, float]:
+    """(p*, lambda*): the better mode's share and the weight where V = V*. Centred advantages.
+
+    Raises ValueError unless 0 < V* < Delta^2 / 4, what two modes can have, and for groups of two, where PEC is dead.
+    """
+    if group_size < 3:
+        raise ValueError(f"PEC does nothing in groups of {group_size}: no weight holds a constraint")
+    most = feature_distance**2 / 4
+    if not 0 < target < most:
+        raise ValueError(f"two modes {feature_distance} apart have variances between 0 and {most}, not {target}")
+    u = math.sqrt(1 - target / most)
+    weight = 2 * reward_gap * bandwidth**2 / (feature_distance**2 * u) * group_size / (group_size - 2)
+    return (1 + u) / 2, weight
+
+
+def swing(
+    target: float,
+    reward_gap: float,
+    feature_distance: float,
+    bandwidth: float,
+    group_size: int,
+    speed: float,
+    integral: float,
+    proportional: float = 0.0,
+) -> tuple[float, float]:
+    """(gamma, omega), per iteration, of p and lambda near their rest point. Errors as `rest_point`.
+
+    They ring iff gamma < omega: amplitude exp(-gamma n), angular frequency sqrt(omega^2 - gamma^2).
+    """
+    p, _ = rest_point(target, reward_gap, feature_distance, bandwidth, group_size)
+    u, finite = 2 * p - 1, (group_size - 2) / group_size
+    unit = speed * u**2 * (1 - u**2) * feature_distance**4 / (8 * reward_gap * bandwidth**2) * finite
+    friction = speed * (1 - u**2) / (4 * u) + proportional * unit / 2
+    return friction, math.sqrt(integral * unit)
+
+
+def hold(
+    weight: float, share: float, target: float, reward_std: float, integral: float = 0.5, proportional: float = 10.0
+) -> tuple[float, float]:
+    """One iteration of the rule, without units: (the next `weight`, PEC's weight to use now), both >= 0.
+
+    share       feature variance of this iteration's groups over that of the base model
+    target      the share asked for
+    reward_std  within-group standard deviation of the *base* model's rewards
+
+    For `methods.PEC`'s weight (per dimension) with the calibrated bandwidth, so that neither phi's scale, nor D, nor
+    the reward's enters. proofs/P19 derives the two gains: for learners that add 0.03 to 0.3 to logit p an iteration
+    and targets of 0.5 to 0.95 the damping gamma / omega lies between 0.6 and 5.
+    """
+    lacking = (target - share) * reward_std
+    weight = max(0.0, weight + integral * lacking)
+    return weight, max(0.0, weight + proportional * lacking)
