@@ -54,8 +54,8 @@ def bonus(counts: Tensor, features: Tensor, bandwidth: float, space: str = "perc
     if space == "perceptual":
         mean = counts @ features / counts.sum(-1, keepdim=True)
         return (features - mean[..., None, :]).square().sum(-1) / (2 * bandwidth**2)
-    near = (features[:, None] - features).square().sum(-1).div(-2 * bandwidth**2).exp()
-    density = (counts @ near - 1) / (counts.sum(-1, keepdim=True) - 1)
+    near = (features[:, None] - features).square().sum(-1).div(-2 * bandwidth**2).exp().fill_diagonal_(0)
+    density = (counts - 1 + counts @ near) / (counts.sum(-1, keepdim=True) - 1)
     return -density.where(counts > 0, 1).log()
 
 
@@ -162,9 +162,10 @@ def counted_rest_point(reward: Tensor, bonus: Tensor) -> Tensor:
         return (log_choose + torch.xlogy(i, p) + torch.xlogy(n - i, 1 - p)).exp() @ bonus
 
     def bisect(above, low: Tensor, high: Tensor) -> Tensor:
-        for _ in range(80):
+        for _ in range(60):
             middle = (low + high) / 2
-            low, high = torch.where(above(middle), middle, low), torch.where(above(middle), high, middle)
+            up = above(middle)
+            low, high = middle.where(up, low), high.where(up, middle)
         return (low + high) / 2
 
     def shares(nu: Tensor) -> Tensor:  # the share at which the mode's shaped reward has fallen to nu
