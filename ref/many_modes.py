@@ -54,9 +54,10 @@ def bonus(counts: Tensor, features: Tensor, bandwidth: float, space: str = "perc
     if space == "perceptual":
         mean = counts @ features / counts.sum(-1, keepdim=True)
         return (features - mean[..., None, :]).square().sum(-1) / (2 * bandwidth**2)
-    near = (features[:, None] - features).square().sum(-1).div(-2 * bandwidth**2).exp().fill_diagonal_(0)
-    density = (counts - 1 + counts @ near) / (counts.sum(-1, keepdim=True) - 1)
-    return -density.where(counts > 0, 1).log()
+    others = (counts[..., None, :] - torch.eye(len(features)).to(features)).clamp_min(0)  # [..., M, M], self left out
+    nearness = -(features[:, None] - features).square().sum(-1) / (2 * bandwidth**2)
+    log_density = (others.log() + nearness).logsumexp(-1) - (counts.sum(-1, keepdim=True) - 1).log()
+    return -log_density.where(counts > 0, 0)
 
 
 def pull(
@@ -144,8 +145,7 @@ def thresholds(reward: Tensor, feature_distance: float, bandwidth: float, group_
 def kernel_bonus(weight: float, feature_distance: float, bandwidth: float, group_size: int) -> Tensor:
     """b(i), i = 0 .. K - 2: the kernel's bonus for i fellows in one's own of modes that all lie Delta apart, [K - 1]."""
     alike = torch.arange(group_size - 1, dtype=torch.float64) / (group_size - 1)
-    rho = math.exp(-(feature_distance**2) / (2 * bandwidth**2))
-    return -weight * (alike + (1 - alike) * rho).log()
+    return -weight * torch.logaddexp(alike.log(), (1 - alike).log() - feature_distance**2 / (2 * bandwidth**2))
 
 
 def counted_rest_point(reward: Tensor, bonus: Tensor) -> Tensor:

@@ -42,8 +42,12 @@ def kernel_gap(
     j: int, weight: float, reward_gap: float, feature_distance: float, bandwidth: float, group_size: int
 ) -> float:
     """gap_j, 1 <= j <= K - 1, when the bonus is -lambda log of the leave-one-out kernel density (`space="kernel"`)."""
-    rho = math.exp(-(feature_distance**2) / (2 * bandwidth**2))
-    return reward_gap + weight * math.log((group_size - j - 1 + j * rho) / (j - 1 + (group_size - j) * rho))
+    exponent = feature_distance**2 / (2 * bandwidth**2)
+
+    def log_density(own: int, other: int) -> float:  # of a sample with so many fellows, less log(K - 1)
+        return math.log(own + other * math.exp(-exponent)) if own else math.log(other) - exponent
+
+    return reward_gap + weight * (log_density(group_size - j - 1, j) - log_density(j - 1, group_size - j))
 
 
 def drift(
