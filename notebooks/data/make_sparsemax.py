@@ -6,6 +6,9 @@ Six modes pay 1 to 0.3. Features are constant on each mode. `share_m` is the mea
 a stage's iterations. An *independent* stage starts from the base model, all six modes equal; a *cooled* one from
 where the last, larger weight left the flow.
 
+In the plane the first stage is long: at large weights only the reward's small differences choose among mixtures of one
+and the same mean, against the noise of a large bonus.
+
     simplex   means on a regular simplex in six dimensions, orthogonal features (one-hot)
     ring      means on a circle in the plane, orthogonal features
     plane     the same means; the features are the directions of the means
@@ -26,13 +29,13 @@ PAY = torch.tensor([1.0, 0.5, 0.8, 0.3, 0.9, 0.65])  # on the ring neighbours ar
 M, K, GROUPS = 6, 16, 32
 PEC_WEIGHTS = (4.0, 2.1, 1.2, 0.7, 0.45, 0.25, 0.15, 0.08)
 KERNEL_WEIGHTS = (1.0, 0.6, 0.4, 0.25, 0.17, 0.12, 0.08, 0.04)
-EXPERIMENTS = {  # world, space, bandwidth, weights, std_normalize, cooled
-    "simplex": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, False, False),
-    "ring, cooled": ("ring", "perceptual", 1.0, PEC_WEIGHTS, False, True),
-    "plane, cooled": ("plane", "perceptual", 1.0, PEC_WEIGHTS, False, True),
-    "simplex, kernel": ("simplex", "kernel", 0.5, KERNEL_WEIGHTS, False, False),
-    "ring": ("ring", "perceptual", 1.0, PEC_WEIGHTS, False, False),
-    "simplex, std": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, True, False),
+EXPERIMENTS = {  # world, space, bandwidth, weights, std_normalize, iterations (a second number: of the later, cooled stages)
+    "simplex": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, False, (600,)),
+    "ring, cooled": ("ring", "perceptual", 1.0, PEC_WEIGHTS, False, (600, 300)),
+    "plane, cooled": ("plane", "perceptual", 1.0, PEC_WEIGHTS, False, (2000, 450)),
+    "simplex, kernel": ("simplex", "kernel", 0.5, KERNEL_WEIGHTS, False, (600,)),
+    "ring": ("ring", "perceptual", 1.0, PEC_WEIGHTS, False, (600,)),
+    "simplex, std": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, True, (600,)),
 }
 
 
@@ -45,15 +48,16 @@ def world(kind: str) -> tuple[mixture.GaussianMixture, torch.Tensor]:
     return ring, torch.eye(M) if kind == "ring" else ring.means / 2
 
 
-def path(name: str, seed: int, first: int = 600, later: int = 300):
-    """Yields (weight, shares [M]) of one seed. An independent stage and the first cooled one take `first` iterations."""
-    kind, space, bandwidth, weights, std_normalize, cooled = EXPERIMENTS[name]
+def path(name: str, seed: int):
+    """Yields (weight, shares [M]) of one seed."""
+    kind, space, bandwidth, weights, std_normalize, iterations = EXPERIMENTS[name]
+    cooled = len(iterations) == 2
     modes, features = world(kind)
     for n, weight in enumerate(weights):
         if n == 0 or not cooled:
             model = mixture.MixtureFlow(modes, width=48, seed=seed)
         setup = Settings(
-            iterations=later if cooled and n else first,
+            iterations=iterations[1 if cooled and n else 0],
             groups=GROUPS,
             group_size=K,
             updates=1,
