@@ -298,3 +298,43 @@ def dual_swing(
     right.set(title="one against the other", xlabel="$p$", ylabel="$\\lambda$")
     left.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
+
+
+def sparsemax_support(
+    columns: dict[str, tuple[Tensor, Tensor, dict[float, list[Tensor]], Tensor | None]],
+    reward: Tensor,
+    alive: float = 0.01,
+) -> Figure:
+    """P15, who survives as lambda grows: each mode's share, predicted (line) and trained (a dot a seed); below, how many.
+
+    columns: title -> (lambdas [W], predicted [W, M], measured: a list of seeds' shares [M] for each lambda, and a law
+    [W, M] to compare with, dotted, or None). Modes are coloured by `reward` [M], dark for poor and bright for rich. One
+    lives if its share is above `alive`; the dots below grow with the number of seeds that agree.
+    """
+    from matplotlib import colormaps
+
+    order = reward.argsort(descending=True).tolist()
+    palette = dict(zip(order, colormaps["viridis"](torch.linspace(0.92, 0.0, len(reward)).numpy())))
+    heights = dict(height_ratios=(2, 1))
+    figure, axes = panels(2, len(columns), width=4.1, height=2.9, sharex="col", sharey="row", gridspec_kw=heights)
+    for (top, bottom), (title, (weights, predicted, measured, law)) in zip(axes.T, columns.items()):
+        for m, color in palette.items():
+            top.plot(weights, predicted[:, m], color=color, lw=2, zorder=2)
+            if law is not None:
+                top.plot(weights, law[:, m], color=color, lw=1.2, ls=":", zorder=1)
+            dots = [(w, shares[m]) for w, seeds in measured.items() for shares in seeds if shares[m] > 0.002]
+            top.scatter(*zip(*dots), s=24, color=color, edgecolor="black", lw=0.6, zorder=3)
+        bottom.step(weights, (predicted > alive).sum(1), where="mid", color="#333333", lw=1.6)
+        for w, seeds in measured.items():
+            counts = [int((shares > alive).sum()) for shares in seeds]
+            sizes = [14 + 10 * counts.count(count) for count in counts]
+            bottom.scatter([w] * len(counts), counts, s=sizes, color="#c44e52", edgecolor="black", lw=0.6, zorder=3)
+        top.set(title=title, xscale="log", ylim=(-0.02, 1.03))
+        bottom.set(xlabel="weight $\\lambda$", ylim=(0.5, len(reward) + 0.5), yticks=range(1, len(reward) + 1))
+        bottom.grid(axis="y", color="#eeeeee")
+    axes[0, 0].set_ylabel("share of each mode")
+    axes[1, 0].set_ylabel("modes alive")
+    for m, color in palette.items():
+        axes[0, -1].plot([], [], color=color, lw=2, label=f"{reward[m]:.2f}")
+    axes[0, -1].legend(title="reward", frameon=False, fontsize=8, title_fontsize=8, loc="upper right")
+    return figure

@@ -20,6 +20,13 @@ Either way both modes survive iff
 and with centred advantages they rest at p* = 1/2 + delta h^2 / (lambda Delta^2) * K / (K - 2); with
 std-normalised ones p* is the root of drift. For K -> inf both are the law of `mixture.fixed_point`.
 
+Any other bonus whose gap falls with j, and any advantages that keep the gap's sign, have the same rule (proofs/P14): both
+modes survive iff a sample that is alone in the worse mode gets more than the others, gap_{K-1} < 0. For the leave-one-out
+kernel density, with rho = exp(-Delta^2 / (2 h^2)),
+
+    gap_j    = delta + lambda log [ (K - j - 1 + j rho) / (j - 1 + (K - j) rho) ],
+    lambda_c = delta / [ Delta^2 / (2 h^2) + log((K - 2 + rho) / (K - 1)) ].
+
 lambda multiplies the log-density *summed* over features; `methods.PEC` averages: its weight is D times this.
 """
 
@@ -29,6 +36,18 @@ import math
 def gap(j: int, weight: float, reward_gap: float, feature_distance: float, bandwidth: float, group_size: int) -> float:
     """gap_j, shaped reward of the better mode's samples less the other's, in a group with j of them."""
     return reward_gap + weight * feature_distance**2 / (2 * bandwidth**2) * (1 - 2 * j / group_size)
+
+
+def kernel_gap(
+    j: int, weight: float, reward_gap: float, feature_distance: float, bandwidth: float, group_size: int
+) -> float:
+    """gap_j, 1 <= j <= K - 1, when the bonus is -lambda log of the leave-one-out kernel density (`space="kernel"`)."""
+    exponent = feature_distance**2 / (2 * bandwidth**2)
+
+    def log_density(own: int, other: int) -> float:  # of a sample with so many fellows, less log(K - 1)
+        return math.log(own + other * math.exp(-exponent)) if own else math.log(other) - exponent
+
+    return reward_gap + weight * (log_density(group_size - j - 1, j) - log_density(j - 1, group_size - j))
 
 
 def drift(
@@ -55,6 +74,14 @@ def critical_lambda(reward_gap: float, feature_distance: float, bandwidth: float
     if group_size == 2:
         return math.inf
     return 2 * reward_gap * bandwidth**2 / feature_distance**2 * group_size / (group_size - 2)
+
+
+def kernel_critical_lambda(reward_gap: float, feature_distance: float, bandwidth: float, group_size: int) -> float:
+    """lambda_c of the kernel bonus: the reward gap over the bonus that a sample alone in its mode gets; inf for K = 2."""
+    if group_size == 2:
+        return math.inf
+    exponent = feature_distance**2 / (2 * bandwidth**2)
+    return reward_gap / (exponent + math.log1p(math.expm1(-exponent) / (group_size - 1)))
 
 
 def fixed_point(
