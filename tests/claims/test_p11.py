@@ -1,8 +1,7 @@
-"""Claim P11: critical lambda at finite group size, with centred and with std-normalised advantages.
+"""P11: critical lambda at finite group size, with centred and with std-normalised advantages.
 
 The oracle enumerates groups through the implementation (`METHODS['pec']`, `grpo.advantages`), or
-trains; the closed forms of ref/two_modes.py are what is tested.
-"""
+trains; the closed forms of ref/two_modes.py are what is tested."""
 
 import math
 
@@ -18,7 +17,7 @@ from ref import mixture, two_modes
 from ref.grpo import Settings, advantages, start, train
 from ref.methods import METHODS, Group
 
-Z = 6.0
+from .tools import Z
 
 worlds = dict(
     K=st.integers(3, 24),

@@ -1,4 +1,4 @@
-"""Claim P12: variance is not coverage, and the kernel entropy is."""
+"""P12: variance is not coverage, and the kernel entropy is."""
 
 import math
 
@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from ref.mixture import ring
 from ref.perceptual import kernel_log_prob, perceptual_entropy, perceptual_log_prob
 
-Z = 6.0
-seeds = st.integers(0, 2**31 - 1)
+from .tools import Z, seeds
 
 
 def circle(M, radius=1.0):
