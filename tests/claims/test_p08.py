@@ -68,7 +68,11 @@ def test_p08_invariances(shape, seed, h):
     G, K, D = shape
     Q = torch.linalg.qr(normal((D, D), seed + 1))[0]
     before = perceptual_entropy(phi, h)
-    for changed in (phi + normal((D,), seed + 2), phi @ Q, phi[:, torch.randperm(K, generator=torch.Generator().manual_seed(seed))]):
+    for changed in (
+        phi + normal((D,), seed + 2),
+        phi @ Q,
+        phi[:, torch.randperm(K, generator=torch.Generator().manual_seed(seed))],
+    ):
         torch.testing.assert_close(perceptual_entropy(changed, h), before, rtol=1e-11, atol=1e-11)
     padded = perceptual_entropy(torch.cat([phi, torch.zeros(G, K, 3)], 2), h) - 1.5 * math.log(2 * math.pi * h**2)
     torch.testing.assert_close(padded, before, rtol=1e-11, atol=1e-11)
