@@ -23,7 +23,8 @@ probabilities p and 1 - p, then rest, for large groups (K -> inf), where the sha
     p* = 1/2 + delta h^2 / (lambda Delta^2),       inside (1/2, 1) iff lambda > lambda_c = 2 delta h^2 / Delta^2.
 
 two_modes.py has both at finite K. Here lambda multiplies the log-density *summed* over the D features;
-`methods.PEC` takes it per dimension, so its weight is D times as large. A two-dimensional world's features are its coordinates, phi(x) = x.
+`methods.PEC` takes it per dimension, so its weight is D times as large. A two-dimensional world's features are
+its coordinates, phi(x) = x.
 
     symbol   meaning                       in code
     c_m, s   centres, width of a mode      means [M, D], std

@@ -196,6 +196,17 @@ def test_p04_cps_is_no_discretisation_of_the_sde():
     errors = [abs(gaussian_chain("cps", n, eta, std) / std**2 - (1 + c) / 2) for n in (250, 500, 1000, 2000)]
     assert all(abs(math.log2(a / b) - 2 / 3) < 0.1 for a, b in zip(errors, errors[1:])) and errors[-1] < 0.01
     assert abs(gaussian_chain("cps", 2000, eta, std) / std**2 - 1) > 0.25  # the plain claim would be wrong
+    # the fixed point's share of the true variance is off by O(sigma^2), itself by O(sigma): halve sigma twice
+    shares, alone = [], []
+    for sigma in (0.04, 0.02, 0.01):
+        s = FlowSchedule(torch.tensor([sigma * (1 + 1e-9), sigma, 0.0], dtype=torch.float64), "cps", eta)
+        V = (1 - sigma) ** 2 * std**2 + sigma**2
+        k = s.mean(ONE, (sigma - (1 - sigma) * std**2) / V * ONE, 0).item()
+        W = s.std[0].item() ** 2 / (1 - k**2)
+        shares.append(W / V - (1 + c) / 2)
+        alone.append(W - std**2 * (1 + c) / 2)
+    assert all(abs(math.log2(abs(a / b)) - 2) < 0.1 for a, b in zip(shares, shares[1:]))
+    assert all(abs(math.log2(abs(a / b)) - 1) < 0.2 for a, b in zip(alone, alone[1:]))
     t = sympy.Rational(2, 5)
     A, cs = sympy.symbols("A c", positive=True)
     V = A + t**2
@@ -232,3 +243,17 @@ def test_p04_monte_carlo_marginals_of_the_sampler():
         return (v - f * x) / (1 + f * (1 - float(sigma)))
 
     assert any(rejects(rollout(no_drift, s, noise, torch.Generator().manual_seed(1)).x[-1, :, 0]))
+
+
+@pytest.mark.claim("P04")
+def test_p04_table_of_variances():
+    """The proof's table, to its three printed decimals (half a unit of the last); cps is worse than the ODE."""
+    table = {
+        ("dance_sde", 0.7): (0.888, 0.977, 0.999),
+        ("flow_sde", 0.7): (0.920, 0.994, 1.004),
+        ("cps", 0.7): (0.548, 0.674, 0.721),
+        ("dance_sde", 0.0): (0.742, 0.942, 0.997),  # without noise every kind is Euler's method on the ODE
+    }
+    for (kind, eta), row in table.items():
+        for steps, printed in zip((10, 50, 1000), row):
+            assert abs(gaussian_chain(kind, steps, eta) / 0.25 - printed) <= 0.0005 + 1e-9

@@ -1,5 +1,6 @@
 """P06: how modes compete."""
 
+import numpy as np
 import pytest
 import sympy
 import torch
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
+from ref import two_modes
 from ref.mixture import MixtureFlow, critical_lambda, effective_modes, fixed_point, replicator, ring
 from ref.policy import rollout
 
@@ -126,3 +128,35 @@ def test_p06_the_base_model_of_the_toy_is_exact_and_starts_at_zero():
     assert (world.occupancy(samples) - 0.2).abs().max() < 5.5 * (0.2 * 0.8 / 4000) ** 0.5
     assert critical_lambda(0.6, 2.0, 1.0) == pytest.approx(0.3)
     assert fixed_point(0.3, 0.6, 2.0, 1.0) == 1.0 and fixed_point(0.6, 0.6, 2.0, 1.0) == pytest.approx(0.75)
+
+
+@pytest.mark.claim("P06")
+def test_p06_the_last_minority_dies_in_finite_time_with_the_population_s_spread_only():
+    """Std-normalised two modes, no bonus (two_modes.drift, weight 0): for K -> inf dp/dt = -sqrt(p (1 - p)), which is
+    0 at 2 arcsin sqrt(p_0); at finite K the rate lies between (K-1)/sqrt K p (1-p)^(K-1) and (K-1)/sqrt K p (1-p).
+
+    The 1e-4 beside the std s_j >= delta sqrt((K-1)/K) / sqrt K lowers the rate by at most the share 1e-4 / s_j.
+    """
+    gap = 0.5
+    for K in (3, 4, 16, 64):
+        share = 1e-4 / (gap * ((K - 1) / K) ** 0.5 / K**0.5)
+        for p in (0.5, 0.1, 1e-2, 1e-4, 1e-8):
+            rate = two_modes.drift(1 - p, 0.0, gap, 1.0, 1.0, K)
+            most = (K - 1) / K**0.5 * p * (1 - p)
+            assert (1 - share) * most * (1 - p) ** (K - 2) * (1 - 1e-9) <= rate <= most * (1 + 1e-9)  # 1 - p rounds
+    # K = 4000: Jensen's gap of sqrt(q (1 - q)) is 1 / (8 K p (1 - p)) of it to leading order, 1/2K is sqrt((K-1)/K)'s
+    # part, and the 1e-4 has the share 1e-4 / (gap sqrt(p (1 - p))): twice their sum bounds the difference
+    K = 4000
+    for p in (0.5, 0.2, 0.05):
+        rate, limit = two_modes.drift(1 - p, 0.0, gap, 1.0, 1.0, K), (p * (1 - p)) ** 0.5
+        small = 1 / (8 * K * p * (1 - p)) + 1 / (2 * K) + 1e-4 / (gap * limit)
+        assert 0 < 1 - rate / limit < 2 * small
+    # that flow is over at 2 arcsin sqrt(p_0), in SciPy's integration, where the plain flow has lost almost nothing
+    p0 = 0.3
+    end = lambda _, p: p[0] - 1e-12  # noqa: E731
+    end.terminal = True
+    flow = lambda _, p: -((p.clip(0) * (1 - p)) ** 0.5)  # noqa: E731
+    time = solve_ivp(flow, (0, 10), [p0], events=end, rtol=1e-10, atol=1e-14).t_events[0][0]
+    assert abs(time - 2 * np.arcsin(p0**0.5)) < 1e-5  # 2 sqrt(1e-12) = 2e-6 is left when it stops
+    plain = replicator(torch.tensor([p0, 1 - p0], dtype=torch.float64), torch.tensor([0.0, gap]), time)[0]
+    assert plain > 0.1

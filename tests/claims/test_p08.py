@@ -14,7 +14,7 @@ from ref.grpo import advantages
 from ref.methods import METHODS
 from ref.perceptual import calibrate, perceptual_entropy, perceptual_log_prob
 
-from .tools import Z, bandwidths, make_group, normal, seeds, shapes
+from .tools import Z, bandwidths, make_group, normal, seeds, shapes, z_score
 
 
 @pytest.mark.claim("P08")
@@ -107,3 +107,28 @@ def test_p08_upper_bound_by_sampling():
     assert abs(terms.mean() - cross) < Z * error
     assert terms.mean() > 1 + math.log(2 * b) + Z * error
     assert abs(terms.mean() - (cross - 0.5 * math.log(2 * math.pi * h**2))) > Z * error  # planted: no normaliser
+
+
+@pytest.mark.claim("P08")
+@settings(max_examples=15, deadline=None)
+@given(shapes, seeds, st.floats(0.2, 5.0))
+def test_p08_tangent_of_the_largest_entropy(shape, seed, c):
+    """H_perc of a group scaled by c touches (D/2) log(2 pi e v/D) from above, at v = D h^2; slope 1/2h^2 in v."""
+    phi, D = normal((1, *shape[1:]), seed), shape[2]
+    h = calibrate(phi)
+    largest = D / 2 * math.log(2 * math.pi * math.e * (c * h) ** 2)  # of any density with the variance c^2 D h^2
+    above = perceptual_entropy(c * phi, h).item() - largest
+    exact = D / 2 * (c**2 - 1 - 2 * math.log(c))
+    # both sides are sums of terms below D (c^2 + |log 2 pi e c^2 h^2|) <= 8 * 60, of K D <= 96 squares
+    assert above == pytest.approx(exact, rel=0, abs=96 * 480 * 2.3e-16) and exact >= 0
+
+
+@pytest.mark.claim("P08")
+def test_p08_a_group_lies_below_the_entropy_of_its_law():
+    """Gaussian f, Var = D h^2: E H_perc = H(f) - D/2K for groups of K = 4, |z| < 5.5; K/(K-1) v repairs it. < 8e-8."""
+    n, K, D, h = 20_000, 4, 6, 0.8
+    phi = h * normal((n, K, D), 0)
+    entropy, H = perceptual_entropy(phi, h), D / 2 * math.log(2 * math.pi * math.e * h**2)
+    assert z_score(entropy, H - D / (2 * K)) < Z
+    assert z_score(entropy, H) > Z  # planted: the bound of the population, taken for the group
+    assert z_score(perceptual_entropy((K / (K - 1)) ** 0.5 * phi, h), H) < Z

@@ -122,3 +122,23 @@ def test_p09_pair_is_dead(G, D, seed):
     plain = METHODS["flow_grpo"]().shape(make_group(phi, 0.5, reward))
     got, want = (advantages(r, clip=math.inf, std_normalize=False) for r in (with_bonus, plain))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.claim("P09")
+def test_p09_a_shared_first_noise_leaves_the_variance_given_it():
+    """Groups that share x_0: PEC ascends E_x0 Var(phi | x_0), not Var(phi). Two values of x_0, three atoms, K = 3."""
+    K, weight, h, D = 3, 0.7, 0.8, 2
+    atoms, logits, first = normal((3, D), 0), normal((2, 3), 1), (0.3, 0.7)
+    got, given_x0 = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    for n, share in enumerate(first):
+        _, probability, phi, score = enumerate_groups(atoms, logits[n], K)
+        A = advantages(METHODS["pec"](weight).shape(make_group(phi, h)), clip=math.inf, std_normalize=False)[..., 0]
+        got[n] = share * torch.einsum("n,nk,nkm->m", probability, A, score) / K
+        given_x0[n] = share * variance_gradient(atoms, logits[n])[1]
+    factor = weight * (K - 1) * (K - 2) / (K**2 * 2 * h**2 * D)
+    torch.testing.assert_close(got, factor * given_x0, rtol=1e-11, atol=1e-12)
+
+    free = logits.clone().requires_grad_()
+    p = torch.tensor(first, dtype=torch.float64) @ free.softmax(1)
+    whole = torch.autograd.grad((p[:, None] * (atoms - p @ atoms).square()).sum(), free)[0]
+    assert not torch.allclose(got, factor * whole, rtol=1e-2)  # planted: the whole variance

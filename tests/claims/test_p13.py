@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from ref.policy import gaussian_log_prob
+from ref.entropy import policy_entropy
+from ref.policy import gaussian_log_prob, sde_step
+from ref.schedule import FlowSchedule, time_grid
 
-from .tools import Z, gaussian_entropy, mlp, normal, z_score
+from .tools import Z, mlp, normal, z_score
 
 
 @pytest.mark.claim("P13")
@@ -53,25 +55,55 @@ def test_p13_a_learned_sigma_moves_the_entropy(dim, seed):
 
 @pytest.mark.claim("P13")
 def test_p13_noise_that_depends_on_the_state():
-    """s(x) fixed but not constant: the average entropy E H(x_i) follows the states' law, hence theta.
+    """s(x) = exp(-x^2/4), fixed but not constant: the average entropy E H(x_1) follows the states' law, hence theta.
 
-    Monte Carlo: two policies, same s(x) = exp(-x^2/4); their mean step entropies differ by more than 5.5
-    standard errors (power), while the planted constant s gives two identical numbers.
+    x_1 comes from one library step of v = k x, so E x_1^2 = (a + b k)^2 + s_0^2 in closed form, with a and b read off
+    `mean`. Two policies, k = +-1: the mean surprise -log p(x_2 | x_1) of `gaussian_log_prob` is compared with
+    (log 2 pi e)/2 - E x_1^2 / 4, and with the schedule's own std in place of s(x) with `policy_entropy`. Four
+    comparisons, < 2e-7. The first pair must differ from each other.
     """
-    x0 = normal((50_000, 1), 0)
-    states = [x0 + 0.1 * normal((50_000, 1), 1), 2 * x0 + 0.1 * normal((50_000, 1), 1)]  # two thetas
-    entropies = [(0.5 * math.log(2 * math.pi * math.e) - x.square() / 4)[:, 0] for x in states]
-    assert z_score(entropies[0] - entropies[1], 0) > Z
-    # closed form: E x^2 = 1 + .01 and 4 + .01
-    assert z_score(entropies[0], 0.5 * math.log(2 * math.pi * math.e) - 1.01 / 4) < Z
-    assert z_score(entropies[1], 0.5 * math.log(2 * math.pi * math.e) - 4.01 / 4) < Z
+    n, s = 100_000, FlowSchedule(time_grid(4, dtype=torch.float64), "flow_sde", 0.7)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    a, b, surprises = s.mean(one, zero, 0).item(), s.mean(zero, one, 0).item(), []
+    for k in (1.0, -1.0):
+        x0, generator = normal((n, 1), 0), torch.Generator().manual_seed(1)
+        x1, _ = sde_step(s, x0, k * x0, 0, generator)
+        mean, eps = s.mean(x1, k * x1, 1), normal((n, 1), 2)
+        own = (-x1.square() / 4).exp()
+        surprises.append(-gaussian_log_prob(mean + own * eps, mean, own, "sum"))
+        expected = 0.5 * math.log(2 * math.pi * math.e) - ((a + b * k) ** 2 + s.std[0].item() ** 2) / 4
+        assert z_score(surprises[-1], expected) < Z
+        x2, mean = sde_step(s, x1, k * x1, 1, generator)
+        assert z_score(-gaussian_log_prob(x2, mean, s.std[1], "sum"), policy_entropy(s, 1)[1].item()) < Z
+    assert z_score(surprises[0] - surprises[1], 0) > Z
 
 
 @pytest.mark.claim("P13")
 def test_p13_anisotropic_but_fixed_noise_is_no_exception():
-    """A full covariance that theta does not touch keeps the theorem: what matters is who sets it, not its shape."""
-    A = normal((3, 3), 0)
-    cov = A @ A.T + torch.eye(3, dtype=torch.float64)
-    mean = mlp(3, 0)(normal((5, 3), 1))
-    entropy = MultivariateNormal(mean, cov).entropy()
-    assert (entropy - gaussian_entropy(cov)).abs().max() < 1e-12
+    """A full covariance that theta does not touch keeps the theorem: what matters is who sets it, not its shape.
+
+    The kernel N(A mu, s^2 A A') is the image of the library's under the fixed matrix A, so its log-density is
+    `gaussian_log_prob` - log |det A|; torch's MultivariateNormal is the oracle. The sampled entropy is the same for
+    two networks and has gradient 0 in every bit; with a network's factor on the std it has not.
+    """
+    s, A = FlowSchedule(time_grid(4, dtype=torch.float64), "flow_sde", 0.7), normal((3, 3), 0)
+    x, eps, values = normal((5, 3), 1), normal((5, 3), 2), []
+    for seed in (0, 1):
+        net = mlp(3, seed)
+        mean = s.mean(x, net(x), 1)
+        y = mean + s.std[1] * eps
+        entropy = -gaussian_log_prob(y, mean, s.std[1], "sum") + torch.linalg.slogdet(A)[1]
+        law = MultivariateNormal(mean @ A.T, s.std[1] ** 2 * A @ A.T)
+        # the oracle solves with A A': rounding times its condition number times |eps|^2, in sums of a dozen terms
+        tolerance = 12 * torch.finfo(torch.float64).eps * torch.linalg.cond(A @ A.T) * (1 + eps.square().sum(1).max())
+        assert (entropy + law.log_prob(y @ A.T)).abs().max() < tolerance
+        exact = policy_entropy(s, 3)[1] + torch.linalg.slogdet(A)[1]
+        assert (law.entropy() - exact).abs().max() < 1e-12
+        grads = torch.autograd.grad(entropy.sum(), list(net.parameters()), retain_graph=True)
+        assert all(torch.count_nonzero(g) == 0 for g in grads)
+        values.append(entropy.detach())
+    assert (values[0] - values[1]).abs().max() < 1e-12  # |eps|^2/2 + const, of size 10
+    learned = s.std[1] * (0.1 * net(x).mean()).exp()
+    wrong = -gaussian_log_prob(mean + learned * eps, mean, learned, "sum").sum()
+    wrong = torch.autograd.grad(wrong, list(net.parameters()))
+    assert max(g.abs().max() for g in wrong) > 1e-6
