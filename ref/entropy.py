@@ -5,11 +5,13 @@ For a Gaussian step with standard deviation s_i in d dimensions (proofs/P01),
     C_i = -(d/2) log(2 pi s_i^2)             the log-normaliser (the paper's C_t; its value is a reading)
     H_i = d/2 - C_i = (d/2) log(2 pi e s_i^2)
 
-so H_i holds no theta and no x. The whole path has (proofs/P02)
+so H_i holds no theta and no x. The free coordinates of a path, x_0 and the outcomes of the stochastic
+steps S, have (proofs/P02)
 
-    H(x_0..x_N) = H(x_0) + sum_i H_i         over the stochastic steps,
+    H(x_0, (x_{i+1})_{i in S}) = H(x_0) + sum_{i in S} H_i,
 
-and two policies that share the kernel differ by (proofs/P05)
+(x_0..x_N all together have entropy -inf where a step is deterministic), and two policies that share the
+kernel differ by (proofs/P05)
 
     KL(p_theta || p_ref) = ||mu_theta - mu_ref||^2 / (2 s_i^2).
 
@@ -39,7 +41,7 @@ def policy_entropy(schedule: FlowSchedule, dim: int, reduction: str = "sum") -> 
 
 
 def path_entropy(schedule: FlowSchedule, dim: int) -> Float[Tensor, ""]:
-    """H(x_0) + sum of H_i over the stochastic steps, 0-d, nats, for x_0 ~ N(0, I) (proofs/P02)."""
+    """H(x_0) + sum of H_i over the stochastic steps, of the path's free coordinates; 0-d, nats, x_0 ~ N(0, I) (P02)."""
     start = 0.5 * dim * math.log(2 * math.pi * math.e)
     return start + policy_entropy(schedule, dim)[list(schedule.steps)].sum()
 

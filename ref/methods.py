@@ -161,8 +161,9 @@ class EntropyReg(FlowGRPO):
 
     The latent H is a constant, so its exact gradient is zero (proofs/P01). What can be added is the
     score-function estimate, -lambda mean[r b] with b = -omega (log p - mean_k log p): zero on average
-    in latent space (proofs/P03), the gradient of H_perc in perceptual space (proofs/P09). Unlike PEC's,
-    the term is neither divided by the group's standard deviation nor clipped.
+    in latent space (proofs/P03), in perceptual space (K-2)/K times the gradient of the variance term of
+    H_perc (proofs/P09: the group's mean, too, depends on the sample). Unlike PEC's, the term is neither divided
+    by the group's standard deviation nor clipped.
     """
 
     default_weight = 0.05
@@ -190,9 +191,9 @@ def top(values: Float[Tensor, "..."], fraction: float) -> Int[Tensor, " chosen"]
 class ClipCov(FlowGRPO):
     """Drops the gradient of a fraction `weight` of all pairs, drawn from those of highest covariance.
 
-    High covariance of log p and A is what shrinks a softmax policy's entropy (proofs/P06). Candidates
-    are the top 20 % (or `weight`, if that is more). arXiv 2505.22617, section 4, with a fraction in
-    place of thresholds (a reading).
+    Covariance of log p and A is the rate at which the natural gradient shrinks the entropy of a policy over
+    outcomes (proofs/P06); the source has it for a softmax policy. Candidates are the top 20 % (or `weight`, if
+    that is more). arXiv 2505.22617, section 4, with a fraction in place of thresholds (a reading).
     """
 
     default_weight = 0.02

@@ -8,7 +8,7 @@ averaged over prompts. How the paper's columns are read (they are named, not def
     Norm.Avg      mean over columns of the min-max normalised value, over all rows of the table
     Overall       mean of the quality and the diversity Norm.Avg
 
-The last two reproduce table 1's printed values (tests/test_metrics.py).
+The last two reproduce table 1's printed values (tests/test_perceptual_and_metrics.py).
 """
 
 import csv

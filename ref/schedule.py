@@ -4,8 +4,9 @@ A rectified flow joins data x_data (sigma = 0) and noise eps (sigma = 1) by stra
 
     x_sigma = (1 - sigma) x_data + sigma eps,        dx/dsigma = v(x, sigma) = E[eps - x_data | x_sigma],
 
-and is sampled from sigma_0 = 1 down to sigma_N = 0. To be a *policy* it needs randomness, so the
-ODE is replaced by an SDE with the same marginals (proofs/P04). Each step i = 0..N-1 is then Gaussian,
+and is sampled from sigma_0 = 1 down to sigma_N = 0. To be a *policy* it needs randomness: two of the kernels
+below discretise an SDE with the ODE's marginals, the third does not keep them (proofs/P04). Each step
+i = 0..N-1 is then Gaussian,
 
     p_theta(x_{i+1} | x_i) = N(x_{i+1}; mu_i, s_i^2 I),     mu_i = a_i x_i + b_i v_theta(x_i, sigma_i),
 
@@ -30,7 +31,8 @@ grad log p = -(x + (1 - sigma) v) / sigma, it reads
     mu = x - v dt - (g^2 / 2 sigma) (x + (1 - sigma) v) dt.
 
 The third re-noises the predicted image: mu = (1 - sigma') x_hat + sqrt(sigma'^2 - s^2) eps_hat, with
-x_hat = x - sigma v, eps_hat = x + (1 - sigma) v and sigma' = sigma_{i+1}.
+x_hat = x - sigma v, eps_hat = x + (1 - sigma) v and sigma' = sigma_{i+1}. It keeps the coefficients of image
+and noise, not the marginals.
 """
 
 import math

@@ -3,6 +3,7 @@
 Data in, a matplotlib `Figure` out, as in ref/figures.py.
 """
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 

@@ -18,12 +18,13 @@ flow (proofs/P06), dp_m/dtau = p_m (R_m - E[R]), solved by
     p_tau ∝ p_0 exp(tau R):       dE[R]/dtau = Var(R),     dH/dtau = -Cov(log p, R).
 
 PEC adds lambda ||phi - m||^2 / 2 h^2 to R. Two modes a feature distance Delta apart, with reward gap delta and
-probabilities p and 1 - p, then rest where the shaped rewards agree (proofs/P11),
+probabilities p and 1 - p, then rest, for large groups (K -> inf), where the shaped rewards agree (proofs/P11),
 
     p* = 1/2 + delta h^2 / (lambda Delta^2),       inside (1/2, 1) iff lambda > lambda_c = 2 delta h^2 / Delta^2.
 
-Here lambda multiplies the log-density *summed* over the D features; `methods.PEC` takes it per dimension,
-so its weight is D times as large. A two-dimensional world's features are its coordinates, phi(x) = x.
+two_modes.py has both at finite K. Here lambda multiplies the log-density *summed* over the D features;
+`methods.PEC` takes it per dimension, so its weight is D times as large. A two-dimensional world's features are
+its coordinates, phi(x) = x.
 
     symbol   meaning                       in code
     c_m, s   centres, width of a mode      means [M, D], std
@@ -170,13 +171,13 @@ def conditional_replicator(p0: Tensor, reward: Tensor, tau: Tensor | float, weig
 def critical_lambda(reward_gap: float, feature_distance: float, bandwidth: float) -> float:
     """lambda_c = 2 delta h^2 / Delta^2: PEC keeps both modes iff its weight is larger (proofs/P11).
 
-    For log p_perc summed over features; times D when it is averaged. Large group size K.
+    For log p_perc summed over features; times D when it is averaged. For K -> inf; two_modes.py has finite K.
     """
     return 2 * reward_gap * bandwidth**2 / feature_distance**2
 
 
 def fixed_point(weight: float, reward_gap: float, feature_distance: float, bandwidth: float) -> float:
-    """p* = 1/2 + delta h^2 / (lambda Delta^2), the better mode's share at rest; 1 for lambda <= lambda_c."""
+    """p* = 1/2 + delta h^2 / (lambda Delta^2), better mode's share at rest for K -> inf; 1 if lambda <= lambda_c."""
     ratio = critical_lambda(reward_gap, feature_distance, bandwidth) / weight if weight > 0 else math.inf
     return min(1.0, (1 + ratio) / 2)
 

@@ -6,13 +6,15 @@ q Delta. So the two shaped rewards differ by
 
     gap_j = delta + c (1 - 2 q),        c = lambda Delta^2 / (2 h^2),
 
-and if p is the policy's probability of A, the expected GRPO update moves it along grad p with the sign of
+and if p is the policy's probability of A, the expected GRPO update is a positive multiple of drift(p) Gamma,
+Gamma = E[s 1_A] for the score s of the trained steps; it moves p with the sign of
 
     drift(p) = E_j [ gap_j q (1 - q) w_j ],     j ~ Binomial(K, p)                (proofs/P11)
     w_j = 1                                                       centred advantages
     w_j = 1 / (|gap_j| sqrt(q (1 - q) K / (K - 1)) + 1e-4)        divided by the group's std, GRPO's default
 
-Nothing else of the policy enters: not its network, its steps, its noise, nor the optimiser's step size.
+wherever <Gamma, grad p> > 0, as it is for the full score, where Gamma = grad p. Nothing else of the policy enters:
+not its network, its steps, its noise, nor the optimiser's step size.
 Either way both modes survive iff
 
     lambda > lambda_c = 2 delta h^2 / Delta^2 * K / (K - 2),

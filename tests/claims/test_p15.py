@@ -18,10 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ref.worlds import many_modes, mixture, two_modes
 from ref.grpo import advantages, start, train
-from ref.settings import Settings
 from ref.methods import METHODS, PEC, Group
+from ref.settings import Settings
+from ref.worlds import many_modes, mixture, two_modes
 
 Z = 6.0  # two-sided normal tail 2e-9; 12 comparisons in this file: false-failure rate 2.4e-8
 

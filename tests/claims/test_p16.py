@@ -11,9 +11,9 @@ import sympy
 import torch
 from scipy.integrate import solve_ivp
 
-from ref.worlds.mixture import GaussianMixture, conditional_replicator, replicator
 from ref.policy import sde_step
 from ref.schedule import KINDS, FlowSchedule, time_grid
+from ref.worlds.mixture import GaussianMixture, conditional_replicator, replicator
 
 Z = 5.5  # standard errors; two-sided normal tail 4e-8
 WORLD = GaussianMixture(torch.tensor([[-1.5], [1.5]], dtype=torch.float64), 0.35)  # notebook 02's

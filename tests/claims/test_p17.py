@@ -11,9 +11,9 @@ from scipy.integrate import quad
 
 from ref import figures
 from ref.entropy import entropy_floor, knn_entropy, path_entropy, policy_entropy
-from ref.worlds.mixture import GaussianMixture
 from ref.policy import rollout
 from ref.schedule import KINDS, FlowSchedule, time_grid
+from ref.worlds.mixture import GaussianMixture
 
 Z = 5.5  # standard errors; two-sided normal tail 4e-8
 WORLD = GaussianMixture(torch.tensor([[-1.5], [1.5]], dtype=torch.float64), 0.35)  # notebook 02's

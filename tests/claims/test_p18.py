@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from ref import figures
-from ref.worlds.mixture import GaussianMixture
 from ref.policy import rollout
 from ref.presets import PRESETS
 from ref.schedule import KINDS, FlowSchedule, time_grid, variance_recursion
+from ref.worlds.mixture import GaussianMixture
 
 Z = 5.5  # standard errors; two-sided normal tail 4e-8
 

@@ -1,9 +1,10 @@
-"""Claim P11: critical lambda at finite group size, with centred and with std-normalised advantages.
+"""P11: critical lambda at finite group size, with centred and with std-normalised advantages.
 
 The oracle enumerates groups through the implementation (`METHODS['pec']`, `grpo.advantages`), or
-trains; the closed forms of ref/two_modes.py are what is tested.
+trains; the closed forms of ref/worlds/two_modes.py are what is tested.
 """
 
+import itertools
 import math
 
 import pytest
@@ -13,13 +14,15 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import Normal
 
-from ref.worlds import mixture, two_modes
 from ref.grpo import advantages, start, train
-from ref.settings import Settings
 from ref.methods import METHODS, Group
+from ref.schedule import FlowSchedule, time_grid
+from ref.settings import Settings
+from ref.worlds import mixture, two_modes
 
-Z = 6.0
+from .tools import Z, make_group
 
 worlds = dict(
     K=st.integers(3, 24),
@@ -100,12 +103,21 @@ def test_p11_threshold(K, gap, distance, h, std_normalize):
 @pytest.mark.claim("P11")
 @pytest.mark.parametrize("std_normalize", [False, True])
 def test_p11_large_groups_agree_with_mixture(std_normalize):
-    """K -> inf: the law of mixture.py, with an error that falls as 1/K; the pair K = 2 never keeps both."""
+    """K -> inf: the law of mixture.py, with an error that falls as 1/K; the pair K = 2 never keeps both.
+
+    The excess over the limit is 2/(K - 2) of it exactly: for lambda_c always, for p* - 1/2 with centred advantages
+    (bisection stops at 1e-12). Another factor of finite K, such as K/(K - 1), has another excess.
+    """
     world = (0.6, 0.6, math.sqrt(3.72), 1.0)
     limit = mixture.fixed_point(*world)
     errors = [abs(two_modes.fixed_point(*world, K, std_normalize) - limit) for K in (32, 128, 512)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 2e-3
-    assert two_modes.critical_lambda(0.6, 1.0, 1.0, 10**9) == pytest.approx(mixture.critical_lambda(0.6, 1.0, 1.0))
+    for K in (3, 4, 7, 32, 512):
+        excess = two_modes.critical_lambda(0.6, 1.0, 1.0, K) / mixture.critical_lambda(0.6, 1.0, 1.0) - 1
+        assert excess == pytest.approx(2 / (K - 2), rel=1e-12)
+        if not std_normalize and K >= 32:  # where both modes survive
+            excess = (two_modes.fixed_point(*world, K, False) - 0.5) / (limit - 0.5) - 1
+            assert excess == pytest.approx(2 / (K - 2), abs=1e-11)
     assert two_modes.fixed_point(1e9, 0.6, 1.0, 1.0, 2, std_normalize) == 1
 
 
@@ -218,3 +230,113 @@ def test_p11_staircase():
         assert root(0.95 * step) - root(1.05 * step) > 0.05
     smooth = [0.5 + 0.125 / w * K / (K - 2) for w in (1.05 * steps[0], 0.95 * steps[1])]
     assert smooth[0] - smooth[1] > 10 * 2e-3  # planted: the centred law would fail the first bound tenfold
+
+
+@pytest.mark.claim("P11")
+@pytest.mark.parametrize("K", [3, 5])
+def test_p11_within_mode_spread(K):
+    """Two modes of two atoms each, the mode's share p trained: the implementation's drift vanishes at P11's p*.
+
+    Groups of K over 4 atoms are enumerated. p* = 1/2 + (w_A - w_B) / 2 Delta^2 + delta h^2 K / (lambda Delta^2 (K-2)).
+    """
+    atoms = torch.tensor([[0.9, 0.4], [1.3, -0.7], [-1.0, 0.2], [-0.8, 0.1]], dtype=torch.float64)
+    inside = torch.tensor([0.4, 0.6, 0.7, 0.3], dtype=torch.float64)  # shares within A and within B
+    A = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    gap, h, weight = 0.5, 0.9, 2.0
+    index = torch.tensor(list(itertools.product(range(4), repeat=K)))
+    shaped = METHODS["pec"](2 * weight).shape(make_group(atoms[index], h, gap * A[index]))  # D = 2
+    advantage = advantages(shaped, clip=math.inf, std_normalize=False)[..., 0]
+
+    def drift(p):
+        law = inside * (A * p + (1 - A) * (1 - p))
+        return (law[index].prod(1) * (advantage * (A[index] - p)).sum(1)).sum().item()
+
+    centre = [(inside * side) @ atoms for side in (A, 1 - A)]
+    w = [(inside * side) @ (atoms - c).square().sum(1) for side, c in zip((A, 1 - A), centre)]
+    square = (centre[0] - centre[1]).square().sum()
+    plain = 0.5 + gap * h**2 / (weight * square) * K / (K - 2)
+    expected = (plain + (w[0] - w[1]) / (2 * square)).item()
+    assert 0.5 < expected < 1 and abs(expected - plain) > 0.01  # planted: the spread forgotten
+    # the root is as exact as the sum of 4^K <= 1024 terms over the drift's slope there (above 0.1): 1e-12
+    assert scipy.optimize.brentq(drift, 0.3, 1 - 1e-9, xtol=1e-14) == pytest.approx(expected, abs=1e-11)
+
+
+@pytest.mark.claim("P11")
+def test_p11_kl_penalty_of_a_flow():
+    """The best path law under E R - beta KL(path), x_0 untrained, has p* = E_x0 sigmoid(logit p_0(A | x_0) + delta/beta).
+
+    Two 1-D modes, four stochastic steps, everything on a grid of 801 points. The oracle is a backward recursion:
+    Z_i(x) = E_base[Z_{i+1} | x] from Z_N = exp(R / beta), the best kernel is p_base(y | x) Z_{i+1}(y) / Z_i(x), and the
+    density under it is pushed forward. Against it the formula, whose p_0(A | x_0) the base kernels alone give.
+    """
+    world = mixture.GaussianMixture(torch.tensor([[-1.5], [1.5]], dtype=torch.float64), 0.3, torch.tensor([0.6, 0.4]))
+    s = FlowSchedule(time_grid(5, dtype=torch.float64), "flow_sde", 0.7)
+    x = torch.linspace(-7, 7, 801, dtype=torch.float64)
+    kernels = []
+    for i in s.steps:
+        mean = s.mean(x[:, None], world.velocity(x[:, None], s.sigmas[i]), i)
+        kernel = Normal(mean, s.std[i]).log_prob(x[None]).exp()
+        kernels.append(kernel / kernel.sum(1, keepdim=True))  # a Markov chain on the grid
+    image = s.mean(x[:, None], world.velocity(x[:, None], s.sigmas[4]), 4)[:, 0]
+    better, start = (image > 0).double(), (-x.square() / 2).exp()
+    start = start / start.sum()
+    share = better
+    for kernel in reversed(kernels):
+        share = kernel @ share
+    base = (start @ share).item()
+    for delta, beta in ((0.5, 0.3), (1.0, 0.25)):
+        tilts = [(delta / beta * better).exp()]
+        for kernel in reversed(kernels):
+            tilts.append(kernel @ tilts[-1])
+        density = start
+        for n, kernel in enumerate(kernels):
+            before, after = tilts[len(kernels) - n], tilts[len(kernels) - n - 1]
+            density = (density / before) @ kernel * after
+        best = (density @ better).item()
+        a = delta / beta
+        formula = (start @ torch.sigmoid(torch.logit(share.clamp(1e-300, 1 - 1e-16)) + a)).item()
+        assert formula == pytest.approx(best, abs=801 * 4 * 2.3e-16 * math.exp(a))
+        alone = 1 / (1 + (1 - base) / base * math.exp(-a))
+        assert base + 0.1 < formula < alone - 1e-3  # closer to p_0 than a single probability would be
+
+
+@pytest.mark.claim("P11")
+@pytest.mark.parametrize("K", [4, 16, 24])
+def test_p11_kl_penalty_at_finite_group_size(K):
+    """Std-normalised reward against beta KL from p_0 = 1/2: a rest point for every beta, its logit within P11's bounds.
+
+    (K-1)/(beta sqrt K) p^(K-2) <= logit p <= (K-1)/(beta sqrt K); the 1e-4 beside the smallest std, delta/sqrt K
+    sqrt((K-1)/K), takes the share `lost` of the lower bound. p = 1 - 1e-7 at most, so rounding is 1e-9 of 1 - p.
+    """
+    gap = 0.5
+    lost = 1e-4 / (gap / K**0.5 * ((K - 1) / K) ** 0.5)
+    for bound in (16, 8, 3, 2, 1):  # (K - 1) / (beta sqrt K)
+        beta = (K - 1) / (bound * K**0.5)
+
+        def pull(l, beta=beta):  # drift - beta p (1 - p) l, over p (1 - p)
+            p = 1 / (1 + math.exp(-l))
+            return two_modes.drift(p, 0.0, gap, 1.0, 1.0, K) * (1 + math.exp(-l)) ** 2 * math.exp(l) - beta * l
+
+        rest = scipy.optimize.brentq(pull, 1e-3, bound * 1.001)
+        p = 1 / (1 + math.exp(-rest))
+        assert (1 - lost) * bound * p ** (K - 2) * (1 - 1e-6) <= rest <= bound * (1 + 1e-6)
+        if bound <= 2 and K > 4:
+            assert rest < 0.97 * bound  # planted: the approximation of small beta, where beta is not small
+
+
+@pytest.mark.claim("P11")
+def test_p11_the_std_normalised_share_jumps_and_has_a_floor_for_even_groups():
+    """At 1.02 lambda_c it is 0.939 (K = 16) and 0.504 (K = 3), the centred one is 1/2 + 1/2.04; as lambda -> inf even K
+    end at a floor above 1/2, at K = 4 the root of sqrt(3) + 3 r - sqrt(3) r^2 = 0, r = p/(1 - p). Printed digits.
+    """
+    for K, printed in ((16, 0.939), (3, 0.504)):
+        weight = 1.02 * two_modes.critical_lambda(0.5, 2.0, 1.0, K)
+        assert abs(two_modes.fixed_point(weight, 0.5, 2.0, 1.0, K) - printed) < 0.0005
+        assert two_modes.fixed_point(weight, 0.5, 2.0, 1.0, K, False) == pytest.approx(0.5 + 0.5 / 1.02, abs=1e-11)
+    r = (3 + math.sqrt(21)) / (2 * math.sqrt(3))
+    for K, printed in ((4, 0.686), (8, 0.570), (16, 0.533), (5, 0.5)):
+        # the tie's gap is delta at every weight, so the 1e-4 moves the floor by the share 1e-4/(delta/2) of its term
+        floor = two_modes.fixed_point(1e9, 0.5, 2.0, 1.0, K)
+        assert abs(floor - printed) < 0.0005
+        if K == 4:
+            assert floor == pytest.approx(r / (1 + r), abs=5e-4)
