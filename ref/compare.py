@@ -173,9 +173,7 @@ def compare(arguments: list[str] | None) -> None:
     for form, name in (("markdown", "table.md"), ("latex", "table.tex"), ("csv", "table.csv")):
         (options.output_dir / name).write_text(twin(rows, options.preset, form) + "\n")
     print((options.output_dir / "table.md").read_text())
-    figures.reward_diversity_front(front(rows, next(iter(COLUMNS[options.preset][1])))).savefig(
-        options.output_dir / "front.png"
-    )
+    figures.reward_diversity_front(front(rows, next(iter(COLUMNS[options.preset][1])))).savefig(options.output_dir / "front.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
