@@ -8,6 +8,7 @@ import torch
 from transformers import T5EncoderModel
 
 from ref.models import embeddings, hub, tiny
+from ref.models.sd3 import SD3
 
 from .tools import KINDS, PROMPTS, TOKENS, fresh, stock
 
@@ -59,7 +60,7 @@ def test_second_load_does_without_text_encoders(folders, kind, tmp_path, monkeyp
 def test_the_key_changes_with_all_that_decides_the_content(folders, tmp_path):
     def key(kind="sd3", prompt="a cat", folder=None, tokens=TOKENS, dtype=torch.float32):
         source = hub.locate(folder or folders[kind])
-        return embeddings.PromptEmbeddings(source, None, tokens, dtype, "cpu", tmp_path).key(prompt)
+        return embeddings.PromptEmbeddings(source, SD3.encode_text, tokens, dtype, "cpu", tmp_path).key(prompt)
 
     shutil.copytree(folders["sd3"], tmp_path / "copy")
     assert key() == key() == key(folder=tmp_path / "copy")  # a copy of the folder is the same pipeline

@@ -10,6 +10,8 @@ from ref.scoring.encoders import fit, load_encoder, to_bytes
 from .tools import PROMPTS, Calls, pil
 
 
+def test_pixels_are_rounded_to_the_nearest_of_256_levels():
+    levels = torch.arange(256)
     assert torch.equal(to_bytes(levels / 255), levels.to(torch.uint8))
     assert torch.equal(to_bytes((levels + 0.4) / 255), levels.to(torch.uint8))
     assert to_bytes(torch.tensor([-0.1, 1.1, 0.6 / 255])).tolist() == [0, 255, 1]
