@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ref import metrics
 from ref.models.hub import hub_errors, locate
+from ref.models.lora import attach
 from ref.models.prompts import read_prompts
 from ref.options import Options, Pixels, command, near, read
 from ref.sampling import ask, generator_for
@@ -63,7 +64,10 @@ DIVERSITY = {
 
 
 def load_pipeline(model: str, lora: str | None, device: str):
-    """Any diffusers pipeline, in bfloat16 on a GPU, with a LoRA if one is given. Raises OSError with the remedy."""
+    """Any diffusers pipeline, in bfloat16 on a GPU, with a LoRA, or all weights, if such are given (models/lora.py).
+
+    Raises OSError or ValueError in one line with the remedy.
+    """
     from diffusers import DiffusionPipeline
 
     source = locate(model)
@@ -71,8 +75,7 @@ def load_pipeline(model: str, lora: str | None, device: str):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         pipe = DiffusionPipeline.from_pretrained(source.model, dtype=dtype)
     if lora is not None:
-        with hub_errors(lora):
-            pipe.load_lora_weights(lora)
+        attach(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -186,7 +189,7 @@ class Evaluation(Options):
     """A row of tables 1 and 2 for any text-to-image pipeline of diffusers, or the table of many rows."""
 
     model: str | None = None  # a diffusers folder or hub id
-    lora: str | None = None  # folder of LoRA weights, as ref.train saves it
+    lora: str | None = None  # weights that ref.train saved, a LoRA in diffusers' or PEFT's form: folder, file or hub id
     name: str | None = None  # of the row (None: the model's)
     prompts: str = "evaluation"  # a .txt, .jsonl, .json, .csv or .tsv file, or train, evaluation or ocr
     images_per_prompt: Annotated[int, Ge(2), Le(10**4)] = 8  # K; one image has no diversity

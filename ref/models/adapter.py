@@ -224,12 +224,14 @@ class TextToImage(nn.Module):
                 whole.load_state_dict(weights, assign=True)
                 return whole.save_pretrained(folder)
             layers = get_peft_model_state_dict(self.transformer)
+            config = self.transformer.peft_config["default"].to_dict()
+            config["auto_mapping"] = {"base_model_class": self.network}  # PEFT's own note of what it belongs to
             atomic_write(
                 folder / "pytorch_lora_weights.safetensors",
                 lambda temporary: getattr(diffusers, self.pipeline).save_lora_weights(
                     folder,
                     transformer_lora_layers=layers,
-                    transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
+                    transformer_lora_adapter_metadata=config,
                     weight_name=temporary.name,
                 ),
             )

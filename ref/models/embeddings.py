@@ -25,7 +25,15 @@ from ref.models.hub import Source, hub_errors
 from ref.scale.checkpoint import atomic_write
 from ref.scale.memory import out_of_memory
 
-CACHE = Path.home() / ".cache" / "ref" / "prompt_embeddings"
+NAMES = ("prompt_embeds", "pooled_prompt_embeds")
+
+
+def default_folder() -> Path:
+    """Where embeddings are kept unless told otherwise. Raises OSError for a user without a home."""
+    try:
+        return Path.home() / ".cache" / "ref" / "prompt_embeddings"
+    except RuntimeError as error:
+        raise OSError("there is no home folder for the prompts' embeddings; set HOME or give --cache-dir") from error
 
 
 class PromptEmbeddings:
@@ -51,7 +59,7 @@ class PromptEmbeddings:
     ):
         self.source, self.encode, self.max_sequence_length = source, encode, max_sequence_length
         self.dtype, self.device, self.negative = dtype, device, negative
-        self.folder = CACHE if folder is None else Path(folder)
+        self.folder = default_folder() if folder is None else Path(folder)
         self.keys: dict[str, str] = {}
 
     def key(self, prompt: str) -> str:
@@ -68,12 +76,26 @@ class PromptEmbeddings:
         Of several processes on a machine one encodes and the others wait for it.
         """
         prompts = list(dict.fromkeys([*prompts, *([""] if self.negative else [])]))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
-            missing = [p for p in prompts if not self.path(p).exists()]
-            if missing:
-                self.compute(missing)
+        if any(not self.path(p).exists() for p in prompts):  # else nothing is written: a cache may be read-only
+            lock = self.locked()
+            try:
+                missing = [p for p in prompts if not self.path(p).exists()]
+                if missing:
+                    self.compute(missing)
+            finally:
+                lock.release()
         self.keys |= {p: self.key(p) for p in prompts}
+
+    def locked(self) -> FileLock:
+        """The folder, made where it was missing, for this process alone. Raises OSError where it cannot be written."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"cannot write to {self.folder}: {reason}; give another --cache-dir") from error
+        return lock
 
     @torch.no_grad()
     def compute(self, prompts: list[str]) -> None:
@@ -103,16 +125,16 @@ class PromptEmbeddings:
                 "give it to load(prompts=...), or to model.encode.add([...]), which loads them again"
             )
         try:
-            return load_file(path, device=str(self.device))
-        except SafetensorError as error:
+            tensors = load_file(path, device=str(self.device))
+            return {name: tensors[name] for name in NAMES}
+        except (SafetensorError, KeyError) as error:
             raise OSError(f"{path} is damaged ({error}); delete it and start again") from error
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         """Raises ValueError for a prompt that was never added."""
         rows = {prompt: self.read(prompt) for prompt in dict.fromkeys(prompts)}
-        names = ("prompt_embeds", "pooled_prompt_embeds")
-        conditioning = {name: torch.stack([rows[p][name] for p in prompts]) for name in names}
+        conditioning = {name: torch.stack([rows[p][name] for p in prompts]) for name in NAMES}
         if self.negative:
             empty = self.read("")
-            conditioning |= {f"negative_{n}": empty[n].expand(len(prompts), *empty[n].shape) for n in names}
+            conditioning |= {f"negative_{n}": empty[n].expand(len(prompts), *empty[n].shape) for n in NAMES}
         return conditioning

@@ -5,18 +5,24 @@ the way (no such model, no access, no network) into one line with its remedy.
 """
 
 import hashlib
-import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ref.scale.memory import ended
+from ref.scale.textfiles import read_json
+
 HUB = {"sd35_medium": "stabilityai/stable-diffusion-3.5-medium", "flux_dev": "black-forest-labs/FLUX.1-dev"}
 
 
 @contextmanager
-def hub_errors(model: str):
-    """Turn what the hub's client raises within this context into an OSError of one line."""
+def hub_errors(model: str, part: str = ".", remedy: str = "the folder must be a whole diffusers pipeline"):
+    """Turn what the hub's client and the loading libraries raise within this context into an OSError of one line.
+
+    part     of a folder: where damaged files are looked for, since libraries seldom name them
+    remedy   for a folder that is not what it should be
+    """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     page = f"https://huggingface.co/{model}"
@@ -36,11 +42,51 @@ def hub_errors(model: str):
             f"{model} is neither a folder nor in the hub's local cache, and {page} cannot be reached; "
             f"where there is a network: hf download {model} --local-dir FOLDER, then give FOLDER"
         ) from error
-    except OSError as error:  # diffusers, about files that are missing: several lines, the first says which
-        if error.errno is not None:  # the system's own, a full disk for example
+    except Exception as error:  # of a folder that is wrong in some way libraries raise whatever comes
+        if ended(error) or getattr(error, "errno", None) is not None:  # memory's or the system's end, a full disk
             raise
-        reason = re.sub(r"\s+", " ", str(error)).split(". ")[0]
-        raise OSError(f"cannot load {model}: {reason}; the folder must be a whole diffusers pipeline") from error
+        reason = damaged(Path(model) / part) if Path(model).is_dir() else None
+        if reason is None:
+            reason = re.sub(r"\s+", " ", str(error) if str(error).strip() else type(error).__name__)
+            reason = f"cannot load {Path(model) / part}: {reason.split('. ')[0][:300]}"
+        raise OSError(f"{reason}; {remedy}") from error
+
+
+@contextmanager
+def quiet():
+    """Without what diffusers and transformers warn of while loading: 440 lines on a text tower that is not asked for."""
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
+
+    before = diffusers.get_verbosity(), transformers.get_verbosity()
+    diffusers.set_verbosity(diffusers.CRITICAL)
+    transformers.set_verbosity(transformers.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers.set_verbosity(before[0])
+        transformers.set_verbosity(before[1])
+
+
+def damaged(folder: Path) -> str | None:
+    """The first file in the folder, or in its folders, that is not what its name says, and why; None: all are whole."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()):
+        try:
+            with file.open("rb") as stream:
+                if stream.read(30).startswith(b"version https://git-lfs"):
+                    return f"{file} is git-lfs's pointer to a file (git lfs pull fetches it)"
+            if file.suffix == ".json":
+                read_json(file, dict | list)
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except SafetensorError as error:
+            return f"{file} is damaged ({error})"
+        except (OSError, ValueError) as error:
+            return str(error).split(";")[0]
+    return None
 
 
 @dataclass(frozen=True)
@@ -53,12 +99,19 @@ class Source:
 
     def component(self, cls, name: str, **options):
         """One part of the pipeline, from its subfolder."""
-        with hub_errors(self.model):
-            return cls.from_pretrained(self.model, subfolder=name, **options)
+        from diffusers import ModelMixin
+
+        with quiet(), hub_errors(self.model, name):  # missing weights are refused here, not warned of
+            if not issubclass(cls, ModelMixin):
+                return cls.from_pretrained(self.model, subfolder=name, **options)
+            network, report = cls.from_pretrained(self.model, subfolder=name, output_loading_info=True, **options)
+            if report["missing_keys"]:  # diffusers draws them at random
+                raise ValueError(f"it lacks the weight {min(report['missing_keys'])}")
+            return network
 
     def config(self, cls, name: str) -> dict:
         """A part's configuration, without its weights."""
-        with hub_errors(self.model):
+        with hub_errors(self.model, name):
             return cls.load_config(self.model, subfolder=name)
 
 
@@ -68,7 +121,9 @@ def digest(folder: Path) -> str:
     It is the same for a copy of the folder, and another after retraining.
     """
     total = hashlib.sha256()
-    for file in sorted(f for pattern in ("text_encoder*/*", "tokenizer*/*") for f in folder.glob(pattern)):
+    for file in sorted(
+        f for pattern in ("text_encoder*/*", "tokenizer*/*") for f in folder.glob(pattern) if f.is_file()
+    ):
         size = file.stat().st_size
         total.update(f"{file.relative_to(folder)} {size}\n".encode())
         with open(file, "rb") as stream:
@@ -90,7 +145,9 @@ def locate(model: str | Path) -> Source:
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.exists():
-            raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+            trained = (folder / "config.json").exists() or any(folder.glob("*lora*.safetensors"))
+            remedy = "; give its base model here, and it as ref.evaluate's --lora" if trained else ""
+            raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json{remedy}")
         identity = digest(folder)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         with hub_errors(model):
@@ -98,4 +155,7 @@ def locate(model: str | Path) -> Source:
         identity = f"{model}@{index.parent.name}"  # the cache names a snapshot's folder by its commit
     else:
         raise FileNotFoundError(f"there is no folder {model}; a model is a folder, a hub id or {', '.join(HUB)}")
-    return Source(model, json.loads(index.read_text())["_class_name"], identity)
+    pipeline = read_json(index).get("_class_name")
+    if not isinstance(pipeline, str):
+        raise ValueError(f"{index} names no pipeline (_class_name); fetch the file again")
+    return Source(model, pipeline, identity)

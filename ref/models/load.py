@@ -69,7 +69,10 @@ def load(
     guidance_scale = adapter.default_guidance if guidance_scale is None else guidance_scale
     network = getattr(diffusers, adapter.network)
     configs = source.config(network, "transformer"), source.config(diffusers.AutoencoderKL, "vae")
-    adapter.check_size(*configs, height, width)  # before anything large is loaded
+    try:
+        adapter.check_size(*configs, height, width)  # before anything large is loaded
+    except (AttributeError, KeyError, TypeError) as error:
+        raise OSError(f"cannot load {source.model}: no network of its class has such a transformer/config.json or vae/config.json ({error}); fetch them again") from error  # fmt: skip
 
     encode = PromptEmbeddings(
         source,

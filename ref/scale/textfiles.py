@@ -66,7 +66,7 @@ def read_lines(path: Path | str) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_json(path: Path | str, kind: type = dict, remedy: str = "fetch the file again"):
+def read_json(path: Path | str, kind=dict, remedy: str = "fetch the file again"):
     """The file's JSON, an object unless told otherwise. Raises as `read_text`, and ValueError naming file and line."""
     text = read_text(path)
     try:
@@ -76,7 +76,7 @@ def read_json(path: Path | str, kind: type = dict, remedy: str = "fetch the file
         reason = getattr(error, "msg", None) or ("an empty file" if not text.strip() else "too deep or too long")
         raise ValueError(f"{path}{place}: bad JSON ({reason}); {remedy}") from error
     if not isinstance(value, kind):
-        wanted = {dict: "an object {...}", list: "an array [...]"}[kind]
+        wanted = {dict: "an object {...}", list: "an array [...]"}.get(kind, "an object or an array")
         raise ValueError(f"{path} holds JSON, but not {wanted}; {remedy}")
     return value
 

@@ -23,22 +23,21 @@ same encoder object therefore costs no second forward pass (the paper's 1.01 x).
 depend on the batch: micro-batches bound the memory and each image stands for itself.
 """
 
-import json
 import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ref.models.hub import hub_errors
+from ref.models.hub import damaged, hub_errors, quiet
 from ref.options import near
+from ref.scale.memory import ended
+from ref.scale.textfiles import read_json
 
 HUB = {
     "pickscore": "yuvalkirstain/PickScore_v1",
@@ -201,13 +200,19 @@ def find(name: str, source: str, file: str) -> Path:
 
 @contextmanager
 def one_line(name: str, source: str) -> Iterator[None]:
-    """What libraries have to say about unreadable, foreign or unsafe weights, as an OSError of one line."""
+    """What libraries have to say about unreadable, foreign or unsafe weights, as an OSError of one line.
+
+    Libraries seldom name the file: of a folder it is looked for. Their warnings are kept back.
+    """
     try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's own, a full disk for example
+        with quiet():
+            yield
+    except Exception as error:  # whatever comes: a missing key, a pickle, an attribute of something else
+        if ended(error) or getattr(error, "errno", None) is not None:  # memory's or the system's end, a full disk
             raise
-        raise OSError(f"cannot load {name} from {source}: {' '.join(str(error).split())[:200]}") from error
+        reason = damaged(Path(source)) if Path(source).is_dir() else None
+        reason = reason or " ".join(str(error).split())[:200] or type(error).__name__
+        raise OSError(f"cannot load {name} from {source}: {reason}; fetch it again, or give another folder") from error
 
 
 def transformers_encoder(name: str, source: str, dtype: torch.dtype) -> Transformers:
@@ -215,7 +220,7 @@ def transformers_encoder(name: str, source: str, dtype: torch.dtype) -> Transfor
     import transformers
 
     family = {"dino": "dinov2", "siglip": "siglip"}.get(name.partition("=")[0], "clip")
-    found = json.loads(find(name, source, "config.json").read_text()).get("model_type")
+    found = read_json(find(name, source, "config.json")).get("model_type")
     if not str(found).startswith(family):
         raise ValueError(f"cannot load {name}: {source} holds a model of type {found}, not {family}")
     kind = {"dinov2": transformers.Dinov2Model, "siglip": transformers.SiglipVisionModel, "clip": transformers.CLIPModel}[family]  # fmt: skip
@@ -224,7 +229,10 @@ def transformers_encoder(name: str, source: str, dtype: torch.dtype) -> Transfor
     if report["missing_keys"]:
         raise ValueError(f"cannot load {name}: {source} lacks the weight {min(report['missing_keys'])}")
     recipe = source
-    if source == HUB["pickscore"]:  # tuned from this model, whose processor all its users take
+    folder, processors = Path(source), ("preprocessor_config.json", "processor_config.json")
+    alone = folder.is_dir() and not any((folder / file).exists() for file in processors)
+    if source == HUB["pickscore"] or name.startswith("pickscore") and alone:
+        # tuned from this model, whose processor all its users take
         recipe = HUB["clip_h"]
         find(name, recipe, "preprocessor_config.json")
     with one_line(name, recipe):

@@ -7,7 +7,6 @@ file of weights, ImageReward.pt, is read into transformers' BLIP classes here: o
 follow from the weights. Unlike an encoder's features, a score is that of a pair and cannot serve as phi.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ref.scale.textfiles import read_json
 from ref.scoring.encoders import OPENAI_MEAN, OPENAI_STD, find, fit, one_line, to_bytes
 from ref.scoring.reward import Reward
 
-HUB = "THUDM/ImageReward"
+HUB = "zai-org/ImageReward"
 TOKENIZER = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # over the authors' validation set
 RENAMED = {
@@ -97,7 +97,7 @@ def load(name: str, source: str | None, device: torch.device | str, dtype: torch
     from transformers import AutoTokenizer
 
     source = source or HUB
-    text = json.loads(find(name, source, "med_config.json").read_text())
+    text = read_json(find(name, source, "med_config.json"))
     file = find(name, source, "ImageReward.pt")
     words = source if Path(source).is_dir() else TOKENIZER
     find(name, words, "tokenizer_config.json")

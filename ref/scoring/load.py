@@ -71,7 +71,7 @@ def aesthetic(name, source, encoder, device, dtype) -> Aesthetic:
     siglip = encoder(f"siglip={source}" if source else "siglip")
     if source:
         file = find(name, source, AESTHETIC_FILE)
-        with one_line(name, source):
+        with one_line(name, str(file)):
             weights = torch.load(file, map_location="cpu", weights_only=True)
     else:
         try:
@@ -81,7 +81,8 @@ def aesthetic(name, source, encoder, device, dtype) -> Aesthetic:
                 f"cannot load {name}: {AESTHETIC_URL} cannot be reached ({error}); put that file and SigLIP into "
                 f"a folder and write {name}=FOLDER"
             ) from error
-    return Aesthetic(name, siglip, weights)
+    with one_line(name, str(file) if source else AESTHETIC_URL):
+        return Aesthetic(name, siglip, weights)
 
 
 def image_reward(name, source, encoder, device, dtype) -> Reward:

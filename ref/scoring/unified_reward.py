@@ -9,8 +9,10 @@ can differ a little from those that the authors' template gives.
 """
 
 import base64
+import ipaddress
 import json
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -47,6 +49,8 @@ class UnifiedReward(Reward):
     def __init__(self, name: str, url: str, attempts: int = 5, wait: float = 1.0, timeout: float = 120.0):
         super().__init__(name)
         self.url, self.attempts, self.wait, self.timeout = url.rstrip("/"), attempts, wait, timeout
+        direct = [urllib.request.ProxyHandler({})] if nearby(self.url) else []
+        self.opener = urllib.request.build_opener(*direct)
         self.command = f"vllm serve {MODEL} --max-model-len 8192 --port {urlsplit(url).port or 80}"
         self.served = self.ask("models", None, lambda reply: reply["data"][0]["id"])
 
@@ -57,7 +61,7 @@ class UnifiedReward(Reward):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                with self.opener.open(request, timeout=self.timeout) as reply:
                     return parse(json.load(reply))
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {' '.join(error.read(300).decode(errors='replace').split())}"
@@ -81,6 +85,15 @@ class UnifiedReward(Reward):
     def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         with ThreadPoolExecutor(16) as pool:  # the server batches what arrives together
             return torch.tensor(list(pool.map(self.judge, pictures(images), prompts)))
+
+
+def nearby(url: str) -> bool:
+    """Whether the server is on this machine or in its own network: no proxy that the environment names leads there."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_private  # loopback and link-local addresses too
+    except ValueError:  # a name; one without a dot is the machine's or its neighbour's
+        return "." not in host or host.endswith((".localhost", ".local")) or host == socket.getfqdn()
 
 
 def ratings(answer: str) -> float:
