@@ -2,6 +2,7 @@
 
 measure    `python -m ref.benchmark`: an iteration's phases, utilisation, what PEC and PCVAE cost
 naive      the baseline beside it, written the field's usual way
-on_paper   FLOPs of the large presets, from shapes
+on_paper   `python -m ref.benchmark.on_paper`: FLOPs of the large presets, from shapes
 memory     `python -m ref.benchmark.memory`: GPU memory of the large presets, from shapes
+figures    pictures of all this, for notebook 08
 """

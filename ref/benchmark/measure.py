@@ -163,6 +163,17 @@ def benchmark(task: Task, settings: Settings, repeats: int = 9, warmup: int = 2,
     return result
 
 
+def scaling(changed: dict, base: dict, phase: str) -> tuple[float, float, float, float]:
+    """How many times as long a phase takes in one result as in another: by its FLOPs, by the clock, and from .. to.
+
+    phase: sample, update, or seconds for the whole iteration. The last two are of the quartiles at their worst.
+    """
+    phases = ("sample", "update") if phase == "seconds" else (phase,)
+    work = [sum(result["flops"][name] for name in phases) for result in (changed, base)]
+    a, b = (result["phases"]["flow_grpo"][phase] for result in (changed, base))
+    return work[0] / work[1], a["median"] / b["median"], a["low"] / b["high"], a["high"] / b["low"]
+
+
 def most_resident() -> float:
     """The process's largest resident memory so far in GiB, which holds libraries and imports too."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

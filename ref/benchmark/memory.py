@@ -19,18 +19,22 @@ Left out: CUDA's own context and fragmentation (plan for a tenth more), the traj
 """
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ref.models.adapter import TextToImage
 from ref.models.sd3 import SD3
 from ref.models.shapes import shaped
 from ref.options import Options, Pixels, command, read
 from ref.presets import architectures
+from ref.scale.directory import write_json
+from ref.scale.paths import refuse_unwritable
 from ref.settings import in_one_line
 
 GIB = 2**30
@@ -97,20 +101,27 @@ class Memory(Options):
 
     pixels: Positional[list[Pixels]] = Field(default_factory=list)  # along the sides of the images (none: the presets')
     all_weights: bool = False  # full fine-tuning in place of a LoRA
+    json_file: Annotated[Path | None, arg(name="json")] = None  # write all numbers here
 
 
 def print_table(arguments: list[str] | None) -> None:
     given = read(Memory, "ref.benchmark.memory", arguments)
+    if given.json_file:
+        refuse_unwritable(given.json_file, "--json")
     print("model        size  rank  weights  trained  a sample more: checkpointed, not   peak of 1, 4, 8 checkpointed")
     rows = [(name, size, 0 if given.all_weights else rank) for _, name, size, rank in architectures(given.pixels)]
+    terms = []
     for name, size, rank in dict.fromkeys(rows):
         m = footprint(shaped(name, size, rank))
+        terms.append({"model": name, "pixels": size, "rank": rank} | m)
         each = m["kept"] + m["block"]
         peaks = ", ".join(f"{m['weights'] + m['trained'] + b * each:.1f}" for b in (1, 4, 8))
         print(
             f"{name:<11} {size:>5} {rank:>5} {m['weights']:>8.2f} {m['trained']:>8.2f} "
             f"{each:>28.2f}, {m['without']:>5.2f}   {peaks} GiB"
         )
+    if given.json_file:
+        write_json(given.json_file, terms)
 
 
 def main(arguments: list[str] | None = None) -> int:

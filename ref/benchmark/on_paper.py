@@ -6,27 +6,31 @@ python -m ref.benchmark.on_paper 256 512 1024     # others, in pixels
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ref.benchmark.measure import ATTENTION_ON_CPU, flops, phase_flops
 from ref.models.sd3 import SD3
 from ref.models.shapes import shaped
 from ref.options import Options, Pixels, command, read
 from ref.presets import PRESETS, architectures
+from ref.scale.directory import write_json
+from ref.scale.paths import refuse_unwritable
 from ref.settings import in_one_line
 
 
-def on_paper(sizes: list[int]) -> Iterator[str]:
+def on_paper(sizes: list[int]) -> Iterator[dict]:
     """FLOPs of the large presets, counted on fake tensors: shapes alone go through the real modules.
 
-    sizes: pixels along the sides of the images; none: each preset's own. Yields the lines of a table.
+    sizes: pixels along the sides of the images; none: each preset's own. Yields a row for each preset and size:
+    FLOPs of a sample (forward, forward_and_backward, decode) and of an iteration (sample, update).
     """
-    yield "preset        pixels   forward  and backward   decode (TFLOP a sample)  images   rollout   update      sum (PFLOP)"
     for preset, name, size, rank in architectures(sizes):
         model, settings = shaped(name, size, rank), PRESETS[preset].settings
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -39,13 +43,28 @@ def on_paper(sizes: list[int]) -> Iterator[str]:
             forward, both = flops(model, conditioning), flops(model, conditioning, backward=True)
             with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
                 model.decode(torch.empty(1, *model.latent_shape))
-        images, work = settings.groups * settings.group_size, phase_flops(settings, forward, both)
-        each = (forward, both, counter.get_total_flops())
-        all_of_them = (work["sample"], work["update"], sum(work.values()))
-        yield (
-            f"{preset:<13} {size:>6}" + "{:>10.2f}{:>14.2f}{:>9.2f}".format(*(n / 1e12 for n in each))
-            + f"{images:>25}" + "{:>10.1f}{:>9.1f}{:>9.1f}".format(*(n / 1e15 for n in all_of_them))
-        )  # fmt: skip
+        yield {
+            "preset": preset,
+            "pixels": size,
+            "images": settings.groups * settings.group_size,
+            "forward": forward,
+            "forward_and_backward": both,
+            "decode": counter.get_total_flops(),
+        } | phase_flops(settings, forward, both)
+
+
+HEADER = (
+    "preset        pixels   forward  and backward   decode (TFLOP a sample)  images   rollout   update      sum (PFLOP)"
+)
+
+
+def line(row: dict) -> str:
+    each = (row["forward"], row["forward_and_backward"], row["decode"])
+    all_of_them = (row["sample"], row["update"], row["sample"] + row["update"])
+    return (
+        f"{row['preset']:<13} {row['pixels']:>6}" + "{:>10.2f}{:>14.2f}{:>9.2f}".format(*(n / 1e12 for n in each))
+        + f"{row['images']:>25}" + "{:>10.1f}{:>9.1f}{:>9.1f}".format(*(n / 1e15 for n in all_of_them))
+    )  # fmt: skip
 
 
 @in_one_line
@@ -53,11 +72,18 @@ class OnPaper(Options):
     """FLOPs of the large presets, counted from their shapes."""
 
     pixels: Positional[list[Pixels]] = Field(default_factory=list)  # along the sides of the images (none: the presets')
+    json_file: Annotated[Path | None, arg(name="json")] = None  # write all numbers here
 
 
 def print_table(arguments: list[str] | None) -> None:
-    for line in on_paper(read(OnPaper, "ref.benchmark.on_paper", arguments).pixels):
-        print(line, flush=True)
+    given, rows = read(OnPaper, "ref.benchmark.on_paper", arguments), []
+    if given.json_file:
+        refuse_unwritable(given.json_file, "--json")
+    for row in on_paper(given.pixels):
+        print(line(row) if rows else f"{HEADER}\n{line(row)}", flush=True)
+        rows.append(row)
+    if given.json_file:
+        write_json(given.json_file, rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
