@@ -14,6 +14,7 @@ from ref.schedule import time_grid
 from ref.settings import Settings
 from ref.worlds import digits
 
+from ..small import PROMPTS as CAPTIONS
 from ..small import small_model
 from .tools import EQUAL, KINDS, PROMPTS, STEPS, fresh, perturb, some_latents, stock, stock_images
 
@@ -236,7 +237,10 @@ def test_out_of_memory_says_where_and_what_to_change(folders):
 def test_lora_starts_at_the_base_model_and_reference_switches_it_off():
     base, _, _, _ = digits.load()
     model, _, _ = small_model()
-    cond, x = model.encode(PROMPTS[:2]), torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond, x = (
+        model.encode(CAPTIONS[:2]),
+        torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0)),
+    )
     sigma = torch.tensor(0.5)
     with torch.no_grad():
         v = base.velocity(x, sigma, cond)
@@ -251,7 +255,10 @@ def test_lora_starts_at_the_base_model_and_reference_switches_it_off():
 
 def test_guidance_is_one_forward_of_both_and_reduces_to_its_parts():
     model, _, _, _ = digits.load()
-    cond, x = model.encode(PROMPTS[:2]), torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond, x = (
+        model.encode(CAPTIONS[:2]),
+        torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0)),
+    )
     sigma = torch.tensor(0.7)
     negative = {k.removeprefix("negative_"): v for k, v in cond.items() if k.startswith("negative_")}
     with torch.no_grad():

@@ -18,7 +18,9 @@ def test_each_image_is_scored_with_its_own_prompt_whatever_the_batch(folders, hp
         shuffled = reward(images[order], [PROMPTS[i] for i in order])
         torch.testing.assert_close(shuffled, whole[order], atol=1e-6, rtol=0)
         halves = torch.cat([reward(images[:2], PROMPTS[:2]), reward(images[2:], PROMPTS[2:])])
-        torch.testing.assert_close(halves, whole, atol=1e-6, rtol=1e-6)  # the aesthetic score is 3.7: ten of its last bits
+        torch.testing.assert_close(
+            halves, whole, atol=1e-6, rtol=1e-6
+        )  # the aesthetic score is 3.7: ten of its last bits
     with pytest.raises(ValueError, match="one prompt for each image, got 5 and 4"):
         reward(images, PROMPTS[:4])
 
