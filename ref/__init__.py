@@ -8,8 +8,10 @@ The paper, from the ground up; each module stands on those above it:
     perceptual    log p_perc, H_perc, calibration, the kernel variant, the law R = -a exp(H) + b
     metrics       diversity, Norm.Avg, Overall
     methods       what each method adds to the reward or the loss: PEC, PCVAE and what they are compared with
+    constraint    a diversity in place of a weight: lambda finds itself
     settings      what decides a run
     sampling      a round of samples, and what networks say of them
+    state         what training carries from one iteration to the next
     grpo          advantages, ratio, update; train(), a generator that yields its state
     figures       the paper's figures
 

@@ -20,14 +20,13 @@ exactly 0; the group's noise is drawn per group.
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ref import metrics
+from ref.constraint import hold
 from ref.entropy import policy_entropy
 from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, calibrate_kernel, perceptual_entropy
@@ -35,73 +34,10 @@ from ref.policy import gaussian_log_prob
 from ref.sampling import Samples, chunks, draw, generator_for, pick_prompts, scores
 from ref.scale.processes import Share, deal, over_processes, processes, sum_gradients
 from ref.scale.stopwatch import Stopwatch
-from ref.scale.weights import assign, copied, like, trainable, whole
+from ref.scale.weights import trainable, whole
 from ref.schedule import FlowSchedule
 from ref.settings import Settings
-
-
-@dataclass
-class State:
-    """What `train` yields. The first block is saved in checkpoints, the second is for looking at.
-
-    Every process has the same state, but for `samples`, which are its own.
-    """
-
-    model: object
-    optimizer: torch.optim.Optimizer
-    iteration: int = 0
-    bandwidth: float | None = None  # h, and the kernel's own, both calibrated on the base model
-    kernel: float | None = None
-    ema: dict[str, Tensor] | None = None  # averaged weights, by name
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    samples: Samples | None = None
-    reward: Float[Tensor, "G K"] | None = None
-    features: Float[Tensor, "G K D"] | None = None
-    advantages: Float[Tensor, "G K S"] | None = None
-
-    def state_dict(self) -> dict:
-        return {
-            "iteration": self.iteration,
-            "bandwidth": self.bandwidth,
-            "kernel": self.kernel,
-            "weights": trainable(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema,
-        }
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.iteration, self.bandwidth, self.kernel = saved["iteration"], saved["bandwidth"], saved.get("kernel")
-        assign(trainable(self.model), saved["weights"])
-        if self.ema is not None:
-            assign(self.ema, saved["ema"])
-        moments = {
-            n: {key: like(value, weight) for key, value in saved["optimizer"]["state"][n].items()}
-            for n, weight in enumerate(trainable(self.model).values())
-            if n in saved["optimizer"]["state"]
-        }
-        self.optimizer.load_state_dict(saved["optimizer"] | {"state": moments})
-
-    @contextmanager
-    def averaged(self):
-        """Within this context the model has its averaged weights, where the run keeps such."""
-        if self.ema is None:
-            yield
-            return
-        weights = trainable(self.model)
-        before = copied(weights)
-        assign(weights, self.ema)
-        try:
-            yield
-        finally:
-            assign(weights, before)
-
-
-def start(model, settings: Settings) -> State:
-    """A fresh state: AdamW over the trainable weights, fused: one kernel, and no memory beside its moments."""
-    weights = trainable(model)
-    optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=0.0, fused=True)
-    return State(model, optimizer, ema=copied(weights) if settings.ema else None)
+from ref.state import State, start
 
 
 def advantages(reward: Float[Tensor, "G K S"], clip: float = 5.0, std_normalize: bool = True) -> Float[Tensor, "G K S"]:
@@ -154,6 +90,8 @@ def train(
     if settings.group_size == 2 and method.space in ("perceptual", "kernel"):
         warnings.warn("the two members of a group lie equally far from their mean: with group_size 2 an entropy of "
                       "features does nothing (proofs/P09); take 3 or more", stacklevel=2)  # fmt: skip
+    if settings.target_diversity is not None and (not method.holds or method.space == "latent"):
+        raise ValueError(f"{type(method).__name__} cannot hold a target diversity; take pec, pcvae or entropy_reg in perceptual or kernel space")  # fmt: skip
     state = state or start(model, settings)
     full = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
     share = deal(settings.groups, settings.updates)
@@ -187,6 +125,10 @@ def train(
             generator_for(settings.seed, state.iteration, "select"),
             state.kernel,
         )
+        if settings.target_diversity is not None:
+            if state.unit is None:  # the first iteration samples the base model
+                state.unit = method.unit(state.reward.std(1).mean().item(), settings.std_normalize)
+            state.weight, method.weight = hold(state.weight, diversity(state), settings.target_diversity, state.unit)
         state.advantages = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize)
         pairs = method.select(group, state.advantages)
         for parameters in state.optimizer.param_groups:
@@ -197,6 +139,7 @@ def train(
         state.iteration += 1
         state.samples = samples
         state.metrics = measure(state, group, full, share) | {
+            "weight": method.weight,
             "ratio_error": logs[0]["ratio_error"],
             "clip_fraction": sum(log["clip_fraction"] for log in logs) / len(logs),
             "grad_norm": sum(log["grad_norm"] for log in logs) / len(logs),
@@ -265,6 +208,12 @@ def update(
     }
 
 
+def diversity(state: State) -> float:
+    """The groups' feature variance as a share of the base model's, by which the bandwidth was calibrated."""
+    K, D = state.features.shape[1:]
+    return metrics.feature_variance(state.features).mean().item() / (D * state.bandwidth**2 * K / (K - 1))
+
+
 @torch.no_grad()
 def measure(state: State, group: Group, full: FlowSchedule, share: Share) -> dict[str, float]:
     """The numbers of an iteration, of all processes' samples. Entropies are per dimension, in nats.
@@ -291,6 +240,7 @@ def measure(state: State, group: Group, full: FlowSchedule, share: Share) -> dic
         "policy_entropy_mc": expected + missed,
         "perceptual_entropy": perceptual_entropy(state.features, state.bandwidth, "mean").mean().item(),
         "feature_variance": metrics.feature_variance(state.features).mean().item(),
+        "diversity": diversity(state),
         "pairwise_distance": metrics.mean_pairwise_distance(state.features).mean().item(),
         "vae_variance": variance(samples.latents),
         "pixel_variance": variance(samples.images),

@@ -107,6 +107,7 @@ class FlowGRPO:
     largest_weight = 0.0  # the paper's lambda is of no use here
     default_space: str | None = None
     needs_reference = False
+    holds = False  # whether its weight can hold a diversity
 
     def __init__(self, weight: float | None = None, clip: float = 1e-4, space: str | None = None):
         self.weight = self.default_weight if weight is None else weight
@@ -121,6 +122,10 @@ class FlowGRPO:
 
     def shape(self, group: Group) -> Float[Tensor, "G K S"]:
         return group.reward[..., None].expand_as(group.policy_log_prob)
+
+    def unit(self, reward_std: float, std_normalize: bool) -> float:
+        """What a weight of 1 is measured in: the reward's spread, for a term in the reward."""
+        return reward_std
 
     def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
         return torch.ones_like(advantages)
@@ -169,6 +174,11 @@ class EntropyReg(FlowGRPO):
     default_weight = 0.05
     largest_weight = LARGEST
     default_space = "latent"
+    holds = True
+
+    def unit(self, reward_std: float, std_normalize: bool) -> float:
+        """Its term stands beside the advantages: these have spread 1 where they are divided by the std."""
+        return 1.0 if std_normalize else reward_std
 
     def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
         log_prob = group.omega * group.log_prob(self.space)
@@ -241,6 +251,7 @@ class PEC(FlowGRPO):
     default_weight = 0.05
     largest_weight = LARGEST
     default_space = "perceptual"
+    holds = True
 
     def shape(self, group: Group) -> Float[Tensor, "G K S"]:
         return super().shape(group) - self.weight * group.omega * group.log_prob(self.space)
@@ -257,6 +268,7 @@ class PCVAE(FlowGRPO):
     default_weight = 0.03
     largest_weight = LARGEST
     default_space = "perceptual"
+    holds = True
 
     def shape(self, group: Group) -> Float[Tensor, "G K S"]:
         kl = group.log_prob(self.space) - group.policy_log_prob

@@ -66,6 +66,10 @@ class Settings:
     std_normalize: bool = True  # divide advantages by the group's standard deviation
     grad_clip: Annotated[float, Gt(0), Le(10**6)] = 1.0  # largest gradient norm
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay, once an optimiser step, of the averages that are saved; 0 is off
+    target_diversity: Annotated[float, Gt(0), Lt(10)] | None = (
+        None  # in place of a weight: the share of the base model's
+    )
+    # feature variance that lambda is to hold (proofs/P19)
     omega: Literal["uniform", "variance"] = "uniform"  # weights over steps of PEC and PCVAE; variance: as s_i^2
     seed: int = 0
 

@@ -3,7 +3,6 @@
 mixture        Gaussian mixtures with the exact velocity; the replicator flow
 two_modes      two modes under PEC and GRPO, exactly, at finite group size
 many_modes     many modes likewise: PEC is sparsemax, the kernel softmax
-constraint     a diversity in place of a weight: lambda as the multiplier of a constraint
 digits         SD3's own classes on scanned digits: model, reward, phi, judge
 digits_base    the training of their base weights
 figures        pictures of these worlds

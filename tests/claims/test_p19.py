@@ -17,7 +17,7 @@ from ref.methods import METHODS, Group
 from ref.metrics import feature_variance
 from ref.perceptual import calibrate
 from ref.settings import Settings
-from ref.worlds import constraint, mixture, two_modes
+from ref import constraint, mixture, two_modes
 
 Z = 5.5  # standard errors; two-sided normal tail 4e-8
 GAP, DISTANCE, H, K = 0.5, 2.0, 0.8, 8  # two modes

@@ -76,7 +76,7 @@ def hold(
     target      the share asked for
     reward_std  within-group standard deviation of the *base* model's rewards
 
-    For `methods.PEC`'s weight (per dimension) with the calibrated bandwidth, so that neither phi's scale, nor D, nor
+    For PEC's weight (per dimension) with the calibrated bandwidth, so that neither phi's scale, nor D, nor
     the reward's enters. proofs/P19 derives the two gains: for learners that add 0.03 to 0.3 to logit p an iteration
     and targets of 0.5 to 0.95 the damping gamma / omega lies between 0.6 and 5.
     """

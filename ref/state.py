@@ -1,0 +1,80 @@
+"""What training carries from one iteration to the next, and what it shows."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ref.sampling import Samples
+from ref.scale.weights import assign, copied, like, trainable
+from ref.settings import Settings
+
+
+@dataclass
+class State:
+    """What `train` yields. The first block is saved in checkpoints, the second is for looking at.
+
+    Every process has the same state, but for `samples`, which are its own.
+    """
+
+    model: object
+    optimizer: torch.optim.Optimizer
+    iteration: int = 0
+    bandwidth: float | None = None  # h, and the kernel's own, both calibrated on the base model
+    kernel: float | None = None
+    weight: float = 0.0  # the multiplier of a target diversity, and what it is measured in
+    unit: float | None = None
+    ema: dict[str, Tensor] | None = None  # averaged weights, by name
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: Samples | None = None
+    reward: Float[Tensor, "G K"] | None = None
+    features: Float[Tensor, "G K D"] | None = None
+    advantages: Float[Tensor, "G K S"] | None = None
+
+    def state_dict(self) -> dict:
+        return {
+            "iteration": self.iteration,
+            "bandwidth": self.bandwidth,
+            "kernel": self.kernel,
+            "multiplier": (self.weight, self.unit),
+            "weights": trainable(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema,
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.iteration, self.bandwidth, self.kernel = saved["iteration"], saved["bandwidth"], saved.get("kernel")
+        self.weight, self.unit = saved.get("multiplier", (0.0, None))
+        assign(trainable(self.model), saved["weights"])
+        if self.ema is not None:
+            assign(self.ema, saved["ema"])
+        moments = {
+            n: {key: like(value, weight) for key, value in saved["optimizer"]["state"][n].items()}
+            for n, weight in enumerate(trainable(self.model).values())
+            if n in saved["optimizer"]["state"]
+        }
+        self.optimizer.load_state_dict(saved["optimizer"] | {"state": moments})
+
+    @contextmanager
+    def averaged(self):
+        """Within this context the model has its averaged weights, where the run keeps such."""
+        if self.ema is None:
+            yield
+            return
+        weights = trainable(self.model)
+        before = copied(weights)
+        assign(weights, self.ema)
+        try:
+            yield
+        finally:
+            assign(weights, before)
+
+
+def start(model, settings: Settings) -> State:
+    """A fresh state: AdamW over the trainable weights, fused: one kernel, and no memory beside its moments."""
+    weights = trainable(model)
+    optimizer = torch.optim.AdamW(weights.values(), lr=settings.lr, weight_decay=0.0, fused=True)
+    return State(model, optimizer, ema=copied(weights) if settings.ema else None)
