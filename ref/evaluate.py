@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ref import metrics
 from ref.models.hub import hub_errors, locate
-from ref.models.lora import attach
+from ref.models.lora import attach, find
 from ref.models.prompts import read_prompts
 from ref.options import Options, Pixels, command, near, read
 from ref.sampling import ask, generator_for
@@ -40,8 +40,8 @@ from ref.scale.checkpoint import atomic_write
 from ref.scale.memory import out_of_memory
 from ref.scale.paths import refuse_unwritable
 from ref.scale.textfiles import read_table
-from ref.scoring.encoders import load_encoder
-from ref.scoring.load import load_reward
+from ref.scoring.encoders import check_name, load_encoder
+from ref.scoring.load import check_prompts, load_reward
 from ref.settings import in_one_line
 
 REWARDS = {  # name in rewards.py -> column
@@ -211,6 +211,12 @@ def row(options: Evaluation) -> dict:
     if not options.model:
         raise ValueError("give --model, or --table with rows to put together")
     prompts = read_prompts(options.prompts)
+    for encoder in options.encoders:
+        check_name(encoder)
+    for reward in options.rewards:
+        check_prompts(reward, prompts)
+    if options.lora:
+        find(options.lora)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {name.partition("=")[0]: load_encoder(name, device) for name in options.encoders}
     rewards = {}

@@ -55,7 +55,7 @@ class Pipeline(Options):
     cache_dir: Path | None = None  # of prompt embeddings (None: ~/.cache/ref/prompt_embeddings)
 
 
-def near(given: str, choices: Iterable[str], alike: float = 0.7) -> str:
+def near(given: str, choices: Iterable[str], alike: float = 0.65) -> str:
     """A question, "did you mean train? ", where one of the choices is spelled nearly so; else nothing."""
     names = {str(name).casefold(): str(name) for name in choices}
     found = get_close_matches(given.casefold(), names, 1, alike)

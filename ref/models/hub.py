@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ref.options import near
 from ref.scale.memory import ended
 from ref.scale.textfiles import read_json
 
@@ -69,10 +70,10 @@ def quiet():
 
 
 def damaged(folder: Path) -> str | None:
-    """The first file in the folder, or in its folders, that is not what its name says, and why; None: all are whole."""
+    """The first file in the folder that is not what its name says, and why; None: all are whole."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()):
+    for file in sorted(file for file in folder.glob("*") if file.is_file()):
         try:
             with file.open("rb") as stream:
                 if stream.read(30).startswith(b"version https://git-lfs"):
@@ -154,8 +155,15 @@ def locate(model: str | Path) -> Source:
             index = Path(hf_hub_download(model, "model_index.json"))
         identity = f"{model}@{index.parent.name}"  # the cache names a snapshot's folder by its commit
     else:
-        raise FileNotFoundError(f"there is no folder {model}; a model is a folder, a hub id or {', '.join(HUB)}")
-    pipeline = read_json(index).get("_class_name")
+        raise FileNotFoundError(
+            f"there is no folder {model}; {near(model, HUB)}a model is a folder, a hub id or {', '.join(HUB)}"
+        )
+    contents = read_json(index)
+    pipeline = contents.get("_class_name")
     if not isinstance(pipeline, str):
         raise ValueError(f"{index} names no pipeline (_class_name); fetch the file again")
+    if folder.is_dir():  # the headers of all its files, before the first is loaded
+        for part in (name for name, value in contents.items() if isinstance(value, list)):
+            if reason := damaged(folder / part):
+                raise OSError(f"{reason}; fetch the file again")
     return Source(model, pipeline, identity)

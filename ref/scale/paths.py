@@ -35,5 +35,5 @@ def refuse_unwritable(path: Path | str, what: str) -> None:
         for folder in made:
             try:
                 folder.rmdir()
-            except OSError:  # never made, or another process has put something into it meanwhile
+            except (OSError, ValueError):  # never made, or another process has put something into it meanwhile
                 pass
