@@ -29,13 +29,12 @@ PAY = torch.tensor([1.0, 0.5, 0.8, 0.3, 0.9, 0.65])  # on the ring neighbours ar
 M, K, GROUPS = 6, 16, 32
 PEC_WEIGHTS = (4.0, 2.1, 1.2, 0.7, 0.45, 0.25, 0.15, 0.08)
 KERNEL_WEIGHTS = (1.0, 0.6, 0.4, 0.25, 0.17, 0.12, 0.08, 0.04)
-EXPERIMENTS = {  # world, space, bandwidth, weights, std_normalize, iterations (a second number: of the later, cooled stages)
-    "simplex": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, False, (600,)),
-    "ring, cooled": ("ring", "perceptual", 1.0, PEC_WEIGHTS, False, (600, 300)),
-    "plane, cooled": ("plane", "perceptual", 1.0, PEC_WEIGHTS, False, (2000, 450)),
-    "simplex, kernel": ("simplex", "kernel", 0.5, KERNEL_WEIGHTS, False, (600,)),
-    "ring": ("ring", "perceptual", 1.0, PEC_WEIGHTS, False, (600,)),
-    "simplex, std": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, True, (600,)),
+EXPERIMENTS = {  # world, space, bandwidth, weights, iterations (a second number: of the later, cooled stages)
+    "simplex": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, (600,)),
+    "ring, cooled": ("ring", "perceptual", 1.0, PEC_WEIGHTS, (600, 300)),
+    "plane, cooled": ("plane", "perceptual", 1.0, PEC_WEIGHTS, (2000, 450)),
+    "simplex, kernel": ("simplex", "kernel", 0.5, KERNEL_WEIGHTS, (600,)),
+    "ring": ("ring", "perceptual", 1.0, PEC_WEIGHTS, (600,)),
 }
 
 
@@ -50,7 +49,7 @@ def world(kind: str) -> tuple[mixture.GaussianMixture, torch.Tensor]:
 
 def path(name: str, seed: int):
     """Yields (weight, shares [M]) of one seed."""
-    kind, space, bandwidth, weights, std_normalize, iterations = EXPERIMENTS[name]
+    kind, space, bandwidth, weights, iterations = EXPERIMENTS[name]
     cooled = len(iterations) == 2
     modes, features = world(kind)
     for n, weight in enumerate(weights):
@@ -63,7 +62,7 @@ def path(name: str, seed: int):
             updates=1,
             steps=6,
             lr=1e-3,
-            std_normalize=std_normalize,
+            std_normalize=False,
             seed=1000 * n + seed,
         )
         state, occupancy = start(model, setup), []
