@@ -70,6 +70,21 @@ MUTATIONS = [
     ("grpo", "(reward.std(1, keepdim=True) + 1e-4)", "(reward.std(1, keepdim=True) ** 0.5 + 1e-4)", "P03:normalised P03:survive P07 P11:enumerating"),
     ("grpo", "(reward.std(1, keepdim=True) + 1e-4)", "(reward.std(1, keepdim=True) + 1e-1)", "P07 P11:enumerating"),
     ("grpo", ".clamp(-clip, clip)", ".clamp(0, clip)", "P03 P09 P11"),
+    ("mixture", "weights / weights.sum() @ replicator(p0, reward, torch.as_tensor(tau, dtype=p0.dtype)[..., None])", "replicator(weights / weights.sum() @ p0, reward, torch.as_tensor(tau, dtype=p0.dtype))", "P16"),
+    ("mixture", "weights / weights.sum() @ replicator", "torch.ones(len(p0)).to(p0) / len(p0) @ replicator", "P16"),
+    ("entropy", "return policy_entropy(schedule, dim)[schedule.steps[-1]]", "return policy_entropy(schedule, dim)[schedule.steps[0]]", "P17"),
+    ("schedule", "[i : i + 1], i) ** 2 * V[i] / V[i + 1]).item())", "[i : i + 1], i) ** 2).item())", "P18"),
+    ("schedule", "slope = (sigma - (1 - sigma) * data_std**2) / V", "slope = (sigma - (1 - sigma) * data_std) / V", "P18"),
+    ("schedule", "(schedule.std[i].double() ** 2 / V[i + 1])", "(schedule.std[i].double() ** 2 / V[i])", "P18"),
+    ("presets", 'kind="dance_sde", noise_level=0.3', 'kind="dance_sde", noise_level=1.3', "P18"),
+    ("constraint", "* group_size / (group_size - 2)\n", "* group_size / (group_size - 1)\n", "P19"),
+    ("constraint", "weight = 2 * reward_gap * bandwidth**2", "weight = reward_gap * bandwidth**2", "P19"),
+    ("constraint", "u = math.sqrt(1 - target / most)", "u = 1 - target / most", "P19"),
+    ("constraint", "speed * (1 - u**2) / (4 * u)", "speed * (1 - u**2) / (2 * u)", "P19"),
+    ("constraint", "proportional * unit / 2", "proportional * unit", "P19"),
+    ("constraint", "weight = max(0.0, weight + integral * lacking)", "weight = max(0.0, weight - integral * lacking)", "P19"),
+    ("constraint", "return weight, max(0.0, weight + proportional * lacking)", "return weight, weight + proportional * lacking", "P19"),
+    ("constraint", "lacking = (target - share) * reward_std", "lacking = target - share", "P19"),
 ]  # fmt: skip
 
 
