@@ -45,7 +45,9 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_terminal_summary(terminalreporter):
     reports = [r for outcome in ("failed", "error") for r in terminalreporter.stats.get(outcome, [])]
-    failed = sorted({value for report in reports for key, value in report.user_properties if key == "claim"})
+    failed = sorted(
+        {value for report in reports for key, value in getattr(report, "user_properties", ()) if key == "claim"}
+    )
     if failed:
         terminalreporter.section("claims that do not hold")
     for claim in failed:

@@ -15,28 +15,29 @@ and the same mean, against the noise of a large bonus.
 """
 
 import csv
+import math
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from ref.worlds import mixture
+from ref.worlds import many_modes, mixture
 from ref.grpo import start, train
 from ref.settings import Settings
 from ref.methods import PEC
 
 PAY = torch.tensor([1.0, 0.5, 0.8, 0.3, 0.9, 0.65])  # on the ring neighbours are not next in rank
 M, K, GROUPS = 6, 16, 32
+TABLE = Path(__file__).parent / "sparsemax_runs.csv"
 PEC_WEIGHTS = (4.0, 2.1, 1.2, 0.7, 0.45, 0.25, 0.15, 0.08)
 KERNEL_WEIGHTS = (1.0, 0.6, 0.4, 0.25, 0.17, 0.12, 0.08, 0.04)
-EXPERIMENTS = {  # world, space, bandwidth, weights, std_normalize, iterations (a second number: of the later, cooled stages)
-    "simplex": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, False, (600,)),
-    "ring, cooled": ("ring", "perceptual", 1.0, PEC_WEIGHTS, False, (600, 300)),
-    "plane, cooled": ("plane", "perceptual", 1.0, PEC_WEIGHTS, False, (2000, 450)),
-    "simplex, kernel": ("simplex", "kernel", 0.5, KERNEL_WEIGHTS, False, (600,)),
-    "ring": ("ring", "perceptual", 1.0, PEC_WEIGHTS, False, (600,)),
-    "simplex, std": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, True, (600,)),
+EXPERIMENTS = {  # world, space, bandwidth, weights, iterations (a second number: of the later, cooled stages)
+    "simplex": ("simplex", "perceptual", 1.0, PEC_WEIGHTS, (600,)),
+    "ring, cooled": ("ring", "perceptual", 1.0, PEC_WEIGHTS, (600, 300)),
+    "plane, cooled": ("plane", "perceptual", 1.0, PEC_WEIGHTS, (2000, 450)),
+    "simplex, kernel": ("simplex", "kernel", 0.5, KERNEL_WEIGHTS, (600,)),
+    "ring": ("ring", "perceptual", 1.0, PEC_WEIGHTS, (600,)),
 }
 
 
@@ -51,7 +52,7 @@ def world(kind: str) -> tuple[mixture.GaussianMixture, torch.Tensor]:
 
 def path(name: str, seed: int):
     """Yields (weight, shares [M]) of one seed."""
-    kind, space, bandwidth, weights, std_normalize, iterations = EXPERIMENTS[name]
+    kind, space, bandwidth, weights, iterations = EXPERIMENTS[name]
     cooled = len(iterations) == 2
     modes, features = world(kind)
     for n, weight in enumerate(weights):
@@ -64,7 +65,7 @@ def path(name: str, seed: int):
             updates=1,
             steps=6,
             lr=1e-3,
-            std_normalize=std_normalize,
+            std_normalize=False,
             seed=1000 * n + seed,
         )
         state, occupancy = start(model, setup), []
@@ -77,11 +78,32 @@ def path(name: str, seed: int):
         yield weight, torch.stack(occupancy[-setup.iterations // 3 :]).mean(0)
 
 
+def predicted(name: str, weight: float) -> torch.Tensor:
+    """The rest point of an experiment, [M]: nothing in it is fitted."""
+    kind, space, bandwidth, *_ = EXPERIMENTS[name]
+    if space == "kernel":
+        bonus = many_modes.kernel_bonus(weight, math.sqrt(2), bandwidth, K)
+        return many_modes.counted_rest_point(PAY.double(), bonus)
+    return many_modes.rest_point(PAY.double(), world(kind)[1].double(), weight, bandwidth, K)
+
+
+def column(name: str, points: int = 160) -> tuple:
+    """What figures.sparsemax_support wants: weights, predicted shares, measured ones, and softmax beside the kernel."""
+    measured = {}
+    with TABLE.open() as file:
+        for row in csv.DictReader(file):
+            if row["experiment"] == name:
+                shares = torch.tensor([float(row[f"share_{m}"]) for m in range(M)])
+                measured.setdefault(float(row["weight"]), []).append(shares)
+    weights = torch.logspace(math.log10(0.8 * min(measured)), math.log10(1.2 * max(measured)), points)
+    law = (PAY / weights[:, None]).softmax(1) if EXPERIMENTS[name][1] == "kernel" else None
+    return weights, torch.stack([predicted(name, w) for w in weights.tolist()]), measured, law
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    target = Path(__file__).parent / "sparsemax_runs.csv"
-    new = not target.exists()
-    with target.open("a", newline="") as file:
+    new = not TABLE.exists()
+    with TABLE.open("a", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         if new:
             table.writerow(["experiment", "weight", "seed"] + [f"share_{m}" for m in range(M)])

@@ -36,6 +36,10 @@ def vae():
     )  # fmt: skip
 
 
+def no_text(prompts: list[str]):
+    raise ValueError("shapes alone know no prompts")
+
+
 def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> TextToImage:
     """`sd35_medium` or `flux_dev` for size x size images with its LoRA, on the meta device: shapes alone.
 
@@ -48,7 +52,7 @@ def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16)
         transformer = network()
         torch.set_default_dtype(before)
         parts = transformer, vae()
-    model = adapter(*parts, None, None, size=(size, size), guidance_scale=adapter.default_guidance)
+    model = adapter(*parts, None, encode=no_text, size=(size, size), guidance_scale=adapter.default_guidance)
     if rank:
         model.add_lora(rank, 2 * rank)
     else:

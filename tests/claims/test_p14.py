@@ -206,8 +206,7 @@ def test_p14_the_hypotheses_are_needed():
 def test_p14_a_tie_is_a_lost_mode(advantage):
     """At lambda_c exactly (K = 4, c = 2, delta = 1: every number a binary fraction) g_{K-1} = 0 and p still drifts to 1.
 
-    Below p (1 - p) the drift is then E[a_{i+1} + b_i] >= 3 p (1 - p)^2 / 2 times a coefficient of the map, and the tie
-    itself is off by at most a rounding, 1e-15, or 1e-11 where the map divides by 1e-4.
+    Rounding leaves a gap of 1e-15 in place of the tie; a map that divides by 1e-4 makes 1e-11 of it.
     """
     K = 4
     assert Fraction(1) + 2 * (1 - 2 * Fraction(K - 1, K)) == 0

@@ -23,7 +23,7 @@ from ref.methods import METHODS, PEC, Group
 from ref.settings import Settings
 from ref.worlds import many_modes, mixture, two_modes
 
-Z = 6.0  # two-sided normal tail 2e-9; 12 comparisons in this file: false-failure rate 2.4e-8
+Z = 6.0  # two-sided normal tail 2e-9; three comparisons in this file: false-failure rate 6e-9
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -179,7 +179,7 @@ def test_p15_sparsemax_is_the_projection(seed, M, scale):
 
 
 @pytest.mark.claim("P15")
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(seeds, st.integers(2, 7), st.integers(3, 24), st.floats(0.05, 5.0), st.floats(0.4, 2.0), st.floats(0.5, 3.0))
 def test_p15_equidistant_modes_rest_at_sparsemax(seed, M, K, weight, h, distance):
     """Three routes to one point: the quadratic programme, sparsemax, the counted bonus -2 q_m. And P11 for M = 2."""
@@ -384,7 +384,7 @@ def test_p15_counted_bonus_under_grpo(seed, M, K, weight, h):
 
 
 @pytest.mark.claim("P15")
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(seeds, st.integers(2, 4), st.integers(3, 5), st.floats(0.1, 1.5), st.floats(0.4, 1.5))
 def test_p15_kernel_rest_point(seed, M, K, weight, h):
     """At the counted rest point the implementation pulls living modes alike, and lost ones down."""
@@ -496,7 +496,7 @@ def test_p15_trained_flow():
     """A flow trained by grpo.train sits on sparsemax: four of six modes, the shares within 0.03.
 
     Modes on a regular simplex, one-hot features, 32 groups of 16. Deterministic on one machine. Rough rate: over five
-    seeds the mean of 200 iterations scatters by 0.006 (notebooks/data/sparsemax_runs.csv), so 0.03 is five of them.
+    seeds the mean of 200 iterations scatters by 0.005 (notebooks/data/sparsemax_runs.csv), so 0.03 is six of them.
     """
     torch.set_num_threads(1)
     M, K, weight = 6, 16, 1.2
