@@ -15,9 +15,10 @@ from annotated_types import Ge, Le
 from ref import figures
 from ref.options import Options, command, read
 from ref.presets import PRESETS
-from ref.scale.directory import write_json
-from ref.settings import in_one_line
-from ref.train import run
+from ref.scale.directory import Alone, refuse_another, write_json
+from ref.scale.signals import interruptible
+from ref.settings import Settings, in_one_line
+from ref.train import described, run
 from ref.worlds import digits
 
 RUNS = {"flow_grpo": None, "pec": 1.0, "pcvae": 0.5}  # method -> lambda
@@ -57,13 +58,21 @@ class Story(Options):
 
 def story(arguments: list[str] | None) -> None:
     given, began = read(Story, "ref", arguments), time.perf_counter()
-    folder = given.output_dir
     settings = replace(PRESETS["digits"].settings, seed=given.seed, iterations=given.iterations)
+    with Alone(given.output_dir):
+        for method, weight in RUNS.items():  # now, not when its turn has come
+            refuse_another(given.output_dir / method, described("digits", method, weight, None, None, settings))
+        tell(settings, given.output_dir)
+    print(f"\n{time.perf_counter() - began:.0f} s; figures, metrics and weights in {given.output_dir}/")
+
+
+def tell(settings: Settings, folder: Path) -> None:
+    """Train what is not yet trained, and show what became of it."""
     rows, histories, images = {}, {}, {}
     for method, weight in RUNS.items():
-        result = run("digits", method, folder / method, weight, settings, resume=True)
+        result = run("digits", method, folder / method, weight, settings, resume=True, again="the same command goes on")
         history = histories[method] = result["history"]
-        entropy = [history[i]["policy_entropy"] for i in (0, -1)] if history else []
+        entropy = [history[i]["policy_entropy"] for i in (0, -1)]
         rows.setdefault("base", result["base"])
         rows[method] = result["final"] | {"seconds": result["seconds"]}
         rows[method]["policy_entropy"] = " -> ".join(f"{h:.6f}" for h in entropy)
@@ -81,11 +90,10 @@ def story(arguments: list[str] | None) -> None:
     figures.training_curves(histories).savefig(folder / "curves.png")
     figures.entropy_paradox(histories["flow_grpo"]).savefig(folder / "paradox.png")
     write_json(folder / "metrics.json", rows)
-    print(f"\n{time.perf_counter() - began:.0f} s; figures, metrics and weights in {folder}/")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command(story, arguments)
+    return interruptible(command, story, arguments)
 
 
 if __name__ == "__main__":

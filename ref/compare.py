@@ -6,7 +6,7 @@ A run is named METHOD[@SPACE][/ENCODER][:WEIGHT]: `pec:1`, `clip_cov@perceptual:
 is left out is the method's or the preset's default.
 
 Every run has a folder of its own under --output-dir, so the command can be stopped and started again:
-finished runs are read, broken ones continued. It writes
+finished runs are read, broken ones continued; Ctrl-C, SIGTERM and SIGHUP save those at work. It writes
 
     runs.csv                       a line for each run, and for the base model
     table.md, table.tex, table.csv table 1's twin: mean ± standard deviation over seeds, Norm.Avg, Overall
@@ -17,11 +17,17 @@ Each job uses one CPU thread.
 
 import csv
 import dataclasses
+import io
 import json
+import multiprocessing
+import os
 import re
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Literal
@@ -33,11 +39,17 @@ from pydantic import Field
 from ref import figures
 from ref.methods import METHODS
 from ref.metrics import normalized_average, table
-from ref.options import Options, command, read
+from ref.options import Options, command, near, read
 from ref.presets import PRESETS
-from ref.scale.directory import write_json
+from ref.scale.checkpoint import atomic_write
+from ref.scale.directory import Alone, refuse_another, write_json
+from ref.scale.signals import ignoring_interrupts, interruptible, stopping
 from ref.settings import in_one_line
-from ref.train import run
+from ref.train import described, run
+
+FORMAT = 1  # of summary.json: one of another format is not read, but made again from the run's checkpoint
+AGAIN = "the same command goes on"
+ENCODERS = {"mixture": ("direction",), "digits": ("contrastive", "reader", "random")}  # the preset's own first
 
 # Quality and diversity columns with their formats; higher is better. The judge, and the spaces other
 # than the run's own phi, are seen by nothing in training. A column has one unit for all rows: distances in a
@@ -68,23 +80,57 @@ def parse(spec: str) -> dict:
     if not found:
         raise ValueError(f"cannot read the run {spec!r}; write METHOD[@SPACE][/ENCODER][:WEIGHT]")
     if found["method"] not in METHODS:
-        raise ValueError(f"unknown method in {spec!r}; choose one of {', '.join(METHODS)}")
+        guess = near(found["method"], METHODS)
+        raise ValueError(f"unknown method in {spec!r}; {guess}choose one of {', '.join(METHODS)}")
     chosen = found.groupdict() | {"weight": float(found["weight"]) if found["weight"] else None}
     METHODS[chosen["method"]](chosen["weight"], space=chosen["space"])  # refuses now what it would refuse later
     return chosen
 
 
+def refuse_doubles(specs: list[str], preset: str) -> None:
+    """Raise ValueError for a run that is there twice, by whatever name, or an encoder that the preset lacks."""
+    seen = {}
+    for spec in specs:
+        chosen = parse(spec)
+        encoder = chosen["encoder"] = chosen["encoder"] or ENCODERS[preset][0]
+        if encoder not in ENCODERS[preset]:
+            raise ValueError(f"unknown encoder in {spec!r}; {preset} has {', '.join(ENCODERS[preset])}")
+        policy = METHODS[chosen["method"]](chosen["weight"], space=chosen["space"])
+        name = (chosen["method"], policy.space, encoder, policy.weight)
+        if name in seen:
+            raise ValueError(f"{seen[name]} and {spec} are the same run; give one of them" if seen[name] != spec else
+                             f"{spec} is given twice; its spread would be that of one run")  # fmt: skip
+        seen[name] = spec
+
+
+def planned(preset: str, spec: str, seed: int, folder: Path, iterations: int | None = None) -> tuple[Path, dict]:
+    """The folder of a run, and what `run` is to be called with."""
+    settings = dataclasses.replace(PRESETS[preset].settings, seed=seed)
+    if iterations is not None:
+        settings = dataclasses.replace(settings, iterations=iterations)
+    return folder / f"{re.sub('[@/:]', '_', spec)}_seed{seed}", {"preset": preset, "settings": settings, **parse(spec)}
+
+
+def stored(folder: Path, plan: dict) -> dict | None:
+    """The result of this very run, None where there is none: summary.json says what made it."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary if summary["made_by"] == made_by(plan) and summary["row"] and summary["base"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def made_by(plan: dict) -> dict:
+    return {"format": FORMAT, **described(**plan)}
+
+
 def one(preset: str, spec: str, seed: int, folder: Path, iterations: int | None = None) -> dict:
     """Train and evaluate one run, or read it when it is there."""
     torch.set_num_threads(1)
-    chosen = parse(spec)
-    folder = folder / f"{re.sub('[@/:]', '_', spec)}_seed{seed}"
-    done = folder / "summary.json"
-    if done.exists():  # a change of --iterations needs another --output-dir
-        return json.loads(done.read_text())
-    settings = dataclasses.replace(PRESETS[preset].settings, seed=seed)
-    settings = dataclasses.replace(settings, iterations=iterations or settings.iterations)
-    result = run(preset, output_dir=folder, settings=settings, resume=True, progress=False, **chosen)
+    folder, plan = planned(preset, spec, seed, folder, iterations)
+    if found := stored(folder, plan):
+        return found
+    result = run(output_dir=folder, resume=True, progress=False, **plan)
     entropy = {round(m["policy_entropy"], 12) for m in result["history"]}
     row = {
         "run": spec,
@@ -93,8 +139,68 @@ def one(preset: str, spec: str, seed: int, folder: Path, iterations: int | None 
         "seconds": result["seconds"],
         **result["final"],
     }
-    write_json(done, {"row": row, "base": result["base"]})
-    return {"row": row, "base": result["base"]}
+    summary = {"made_by": made_by(plan), "row": row, "base": result["base"]}
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def begin_worker() -> None:
+    """End this process, as SIGTERM does, when the one that started it is gone, however that ended."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is the system's, and would be missed when this process is stopped
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def finished(plans: list[tuple], jobs: int, leave: Callable[[], None]) -> list[dict]:
+    """The results of one(*plan) for each plan, in their order, `jobs` at a time in processes of their own.
+
+    When one fails, or a signal comes, those at work save and end and no other is begun.
+    """
+    from tqdm import tqdm
+
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=begin_worker)
+    lock, said, futures = threading.Lock(), [], []
+
+    def end() -> None:
+        pool.shutdown(wait=False, cancel_futures=True)
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(30)
+            worker.kill()
+
+    def stop() -> None:
+        with lock:
+            if not said:
+                done = sum(job.done() and not job.cancelled() and not job.exception() for job in futures)
+                end()
+                said.append(f"stopped; {done} of {len(plans)} runs are finished, those begun are saved; {AGAIN}")
+                print(f"\n{said[0]}", file=sys.stderr, flush=True)
+
+    with stopping(stop, leave):
+        try:
+            with ignoring_interrupts():
+                futures += [pool.submit(one, *plan) for plan in plans]
+            for job in tqdm(as_completed(futures), "runs", len(futures)):
+                job.result()
+        except (BrokenProcessPool, CancelledError):
+            with lock:  # a signal may be the cause
+                if said:
+                    raise KeyboardInterrupt from None
+            end()
+            raise OSError(f"a run's process was ended from outside, perhaps for want of memory; {AGAIN}") from None
+        except Exception:
+            end()
+            raise
+    pool.shutdown()
+    return [job.result() for job in futures]
 
 
 def scores(runs: list[dict], quality: tuple[str, ...], diversity: tuple[str, ...]) -> list[dict]:
@@ -147,37 +253,39 @@ class Comparison(Options):
 
 def compare(arguments: list[str] | None) -> None:
     options = read(Comparison, "ref.compare", arguments)
-    for spec in options.runs:
-        parse(spec)
-    from tqdm import tqdm
+    refuse_doubles(options.runs, options.preset)
+    folder = options.output_dir
+    plans = [
+        (options.preset, spec, seed, folder, options.iterations)
+        for seed in range(options.seeds)
+        for spec in options.runs
+    ]
+    with Alone(folder) as alone:
+        for where, plan in (planned(*plan) for plan in plans):
+            if not stored(where, plan):
+                refuse_another(where, described(**plan))  # now, not when its turn has come
+        results = finished(plans, options.jobs, alone.leave)
+        rows = [{"run": "base", "seed": "", "policy_entropy_values": "", "seconds": "", **results[0]["base"]}]
+        rows += sorted((r["row"] for r in results), key=lambda row: (options.runs.index(row["run"]), row["seed"]))
+        write_results(rows, options.preset, folder)
+    print((folder / "table.md").read_text())
 
-    results = []
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(one, options.preset, spec, seed, options.output_dir, options.iterations)
-            for seed in range(options.seeds)
-            for spec in options.runs
-        ]
-        for job in tqdm(jobs, desc="runs"):
-            try:
-                results.append(job.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    rows = [{"run": "base", "seed": "", "policy_entropy_values": "", "seconds": "", **results[0]["base"]}]
-    rows += sorted((r["row"] for r in results), key=lambda row: (options.runs.index(row["run"]), row["seed"]))
-    with (options.output_dir / "runs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[1].keys(), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+
+def write_results(rows: list[dict], preset: str, folder: Path) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[1].keys(), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    files = {"runs.csv": text.getvalue().encode()}
     for form, name in (("markdown", "table.md"), ("latex", "table.tex"), ("csv", "table.csv")):
-        (options.output_dir / name).write_text(twin(rows, options.preset, form) + "\n")
-    print((options.output_dir / "table.md").read_text())
-    figures.reward_diversity_front(front(rows, next(iter(COLUMNS[options.preset][1])))).savefig(options.output_dir / "front.png")
+        files[name] = (twin(rows, preset, form) + "\n").encode()
+    for name, content in files.items():
+        atomic_write(folder / name, lambda temporary: temporary.write_bytes(content))
+    figures.reward_diversity_front(front(rows, next(iter(COLUMNS[preset][1])))).savefig(folder / "front.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command(compare, arguments)
+    return interruptible(command, compare, arguments)
 
 
 if __name__ == "__main__":

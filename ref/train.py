@@ -8,7 +8,7 @@
 An output directory holds
 
     run.json              preset, method, weight, options and settings; `--resume` reads it, nothing is repeated
-    checkpoint-*.pt       the last two checkpoints; SIGTERM writes one more and ends with exit code 0
+    checkpoint-*.pt       the last two checkpoints; Ctrl-C, SIGTERM and SIGHUP write one more (scale/signals.py)
     metrics.json          `State.metrics` of every iteration up to the newest checkpoint; where there was an
                           evaluation, its numbers too, with `eval_` before their names
     evaluation.json       base model and fine-tuned model, sampled with the ODE on fixed noise
@@ -21,11 +21,12 @@ averaged weights where `ema` keeps such.
 """
 
 import argparse
-import json
+import shlex
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,11 +40,13 @@ from ref.methods import METHODS, SPACES
 from ref.models.card import model_card
 from ref.options import Options, Pipeline, command, read
 from ref.presets import LARGE, PRESETS
-from ref.scale import checkpoint
-from ref.scale.directory import claim, save_grid, write_json
+from ref.scale import checkpoint, directory
+from ref.scale.directory import Claim, Keeper, save_grid, write_json
 from ref.scale.memory import out_of_memory
 from ref.scale.microbatch import fitted, refuse_in_parts
-from ref.scale.processes import over_processes, processes, rank
+from ref.scale.processes import one_voice, processes, rank
+from ref.scale.signals import interruptible, stopping
+from ref.scale.weights import trainable
 from ref.settings import Settings, in_one_line
 
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -90,8 +93,8 @@ def asked(declared: type[Work], program: str, arguments: list[str] | None) -> Wo
     except argparse.ArgumentError:  # `read` will say what is wrong
         given = argparse.Namespace(preset=None, memory=None, output_dir=None, resume=False)
     values = dict.fromkeys((name for name, field in declared.model_fields.items() if field.is_required()), MISSING)
-    if given.resume and given.output_dir and (given.output_dir / "run.json").exists():
-        values |= dict(Run(**json.loads((given.output_dir / "run.json").read_text()), output_dir=given.output_dir))
+    if given.resume and given.output_dir and (given.output_dir / directory.RECORD).exists():
+        values |= dict(recorded(given.output_dir))
         for name in ("preset", "method"):  # what else run.json says belongs to these
             if getattr(given, name) not in (None, values[name]):
                 raise ValueError(
@@ -112,17 +115,23 @@ def asked(declared: type[Work], program: str, arguments: list[str] | None) -> Wo
     return found
 
 
-def load(folder: Path, keys: dict[str, str]) -> dict | None:
-    """The newest checkpoint. Raises ValueError when processes see different ones, or prompts are encoded otherwise."""
-    saved = checkpoint.load_latest(folder)
-    reached = saved["iteration"] if saved else 0
-    if processes() > 1:
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        if over_processes(torch.tensor(float(reached), device=device), largest=True) != reached:
-            raise ValueError(f"not every process sees the checkpoints in {folder}; it must lie on a shared file system")
-    if saved and saved.get("embeddings", keys) != keys:
-        raise ValueError(f"the run in {folder} had other prompts or text encoders; choose another --output-dir")
-    return saved
+def recorded(folder: Path) -> Run:
+    """The run of run.json. Raises ValueError naming the file where a name is missing or unknown, or a value wrong."""
+    settings = [field.name for field in fields(Settings)]
+    record = directory.read_record(folder, ("preset", "method", "weight", "space", "encoder"), settings)
+    if record["preset"] in LARGE:
+        directory.read_record(folder, ("options",), of_options=Pipeline.model_fields)
+    try:
+        return Run(**record | {"output_dir": folder, "resume": True})
+    except ValueError as error:
+        raise directory.unreadable(folder / directory.RECORD, str(error)) from None
+
+
+def described(preset, method, weight, space, encoder, settings: Settings, options: Pipeline | None = None) -> dict:
+    """What run.json says of a run. Raises ValueError for a weight or a space that the method does not take."""
+    policy = METHODS[method](weight, clip=settings.clip, space=space)
+    what = {"preset": preset, "method": method, "weight": policy.weight, "space": policy.space, "encoder": encoder}
+    return what | ({"options": options.model_dump(mode="json")} if options else {}) | {"settings": asdict(settings)}
 
 
 @out_of_memory("while training", "give a smaller --micro-batch or --decode-batch, or add --gradient-checkpointing")
@@ -140,6 +149,7 @@ def run(
     options: Pipeline | None = None,
     evaluate_every: int = 0,
     log_with: str = "none",
+    again: str = "continue with resume=True",
 ) -> dict:
     """Train, save and evaluate one run.
 
@@ -148,12 +158,13 @@ def run(
     options          of the large presets (None: the preset's)
     evaluate_every   iterations between evaluations; 0: only before and after
     log_with         none, tensorboard or wandb
+    progress         show a bar, and one line when a signal ends the run; `again` says there how to go on
 
     Returns "base" and "final" (numbers of `Task.evaluate`), "history" (`State.metrics` of every iteration),
     "seconds" (training), "base_images" and "images" (those of `Task.evaluate`, prompt by prompt).
 
     Raises ValueError with one clear line for an unknown preset or method, a bad setting, or a directory
-    that holds another run.
+    that holds another run or in which another process is at work; then the directory is as it was.
     """
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
@@ -164,88 +175,89 @@ def run(
         if choice not in table:
             raise ValueError(f"unknown {kind} {choice!r}; choose one of {', '.join(table)}")
     options, settings = options or PRESETS[preset].options, settings or PRESETS[preset].settings
+    description = described(preset, method, weight, space, encoder, settings, options)
+    habits = {"save_every": save_every, "evaluate_every": evaluate_every, "log_with": log_with}
     policy = METHODS[method](weight, clip=settings.clip, space=space)
     folder = Path(output_dir)
-    description = {
-        "preset": preset,
-        "method": method,
-        "weight": policy.weight,
-        "space": policy.space,
-        "encoder": encoder,
-        **({"options": options.model_dump(mode="json")} if options else {}),
-        "settings": asdict(settings),
-    }
     project = ProjectConfiguration(str(folder), logging_dir=str(folder / "logs"))
     cpu = not torch.accelerator.is_available()  # accelerate would not join several processes without a GPU
     accelerator = Accelerator(cpu=cpu, log_with=tracker(log_with), project_config=project)
     first = accelerator.is_main_process
     refuse_in_parts(not settings.micro_batch and processes() > 1 and options and options.lora_rank == 0)
-    if first:
-        claim(folder, description, resume)
-    accelerator.wait_for_everyone()
+    keeper, said, lock = Keeper(folder), [], threading.Lock()
 
-    task = PRESETS[preset].task(encoder, options)
-    keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
-    saved = load(folder, keys) if resume else None
-    if not settings.micro_batch:
-        settings = replace(settings, micro_batch=(saved or {}).get("micro_batch", 0))
-        settings = fitted(task.model, task.prompts, settings)
-        description["settings"] = asdict(settings)
-        if first:
-            print(f"micro-batch: {settings.micro_batch}, found by trial", file=sys.stderr)
-            write_json(folder / "run.json", description)
-    state, history = start(task.model, settings), []
-    state.bandwidth = saved["bandwidth"] if saved else calibrate_on(task.model, task.prompts, task.encoder, settings)
-    base, before = task.evaluate(settings, state.bandwidth)
-    if saved:
-        state.load_state_dict(saved)
-        history = saved["history"]
-    if log_with != "none":
-        accelerator.init_trackers("perceptual-entropy", {k: str(v) for k, v in description.items()})
-
-    newest, lock = {}, threading.Lock()  # the last finished iteration as it was, for SIGTERM comes at any time
-
-    def save() -> None:
+    def stop() -> None:
         with lock:
-            if newest:
-                checkpoint.save(folder, newest)
-                write_json(folder / "metrics.json", newest["history"])
+            keeper.save()
+            if first and progress and not said:
+                said.append(directory.farewell(folder, again))
+                print(f"\n{said[0]}", file=sys.stderr, flush=True)
 
-    loop = train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state)
-    bar = tqdm(loop, f"{method:>12}", settings.iterations, initial=state.iteration, disable=not (progress and first))
-    with checkpoint.saving_on_sigterm(save):
+    with ExitStack() as stack:
+        claim = stack.enter_context(Claim(folder, description, resume)) if first else None
+        stack.enter_context(stopping(stop, claim.leave if claim else None))
+        stack.callback(keeper.save)  # also when something fails
+        accelerator.wait_for_everyone()
+
+        task = PRESETS[preset].task(encoder, options)
+        keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
+        same = {"run": directory.identity(description), "prompts": task.prompts, "embeddings": keys}
+        saved = directory.load(folder, trainable(task.model), bool(settings.ema), same) if resume else None
+        if not settings.micro_batch:
+            settings = replace(settings, micro_batch=(saved or {}).get("micro_batch", 0))
+            settings = fitted(task.model, task.prompts, settings)
+            description["settings"] = asdict(settings)
+            if first:
+                print(f"micro-batch: {settings.micro_batch}, found by trial", file=sys.stderr)
+        state, history = start(task.model, settings), []
+        if saved:
+            state.bandwidth = saved["bandwidth"]
+        else:
+            calibrate_on(state, task.prompts, task.encoder, settings)
+
+        evaluate = lambda: map(checkpoint.plain, task.evaluate(settings, state.bandwidth))  # noqa: E731
+        base, before = evaluate()
+        if saved:
+            state.load_state_dict(saved)
+            history = saved["history"]
+        if first:
+            write_json(folder / directory.RECORD, description | habits)
+        if log_with != "none":
+            accelerator.init_trackers("perceptual-entropy", {k: str(v) for k, v in description.items()})
+            stack.callback(lambda: [each.finish() for each in accelerator.trackers])
+
+        loop = train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state)
+        shown = dict(desc=f"{method:>12}", total=settings.iterations, initial=state.iteration)
+        bar = tqdm(loop, **shown, disable=not (progress and first))
         for state in bar:
-            n, entry = state.iteration, dict(state.metrics)
+            n, entry = state.iteration, checkpoint.plain(state.metrics)
             if evaluate_every and n % evaluate_every == 0:
                 with state.averaged():
-                    numbers, images = task.evaluate(settings, state.bandwidth)
+                    numbers, images = evaluate()
                 entry |= {f"eval_{name}": value for name, value in numbers.items()}
                 if first:
                     save_grid(folder / "images" / f"iteration-{n:06d}.png", images, task.images_per_prompt)
             history = [*history, entry]
             accelerator.log(entry, step=n)
             bar.set_postfix(reward=f"{entry['reward']:.3f}", variance=f"{entry['feature_variance']:.3f}")
-            latest = checkpoint.snapshot(state.state_dict())
-            latest |= {"history": history, "embeddings": keys, "micro_batch": settings.micro_batch}
+            latest = checkpoint.snapshot(state.state_dict()) | same
+            latest |= {"history": history, "micro_batch": settings.micro_batch}
             if first:
-                newest = latest
+                keeper.newest = latest
                 if n % save_every == 0 or n == settings.iterations:
-                    save()
+                    keeper.save()
 
         with state.averaged():
-            final, after = task.evaluate(settings, state.bandwidth)
-            result = {"base": base, "final": final, "seconds": sum(m["seconds"] for m in history)}
+            final, after = evaluate()
+            seconds = sum(m["seconds"] for m in history)
+            result = {"base": base, "final": final, "seconds": seconds, "iterations": state.iteration}
             task.model.save(folder / "weights")
             if first:
                 if task.source:
                     card = model_card(task.model, task.source, description, result, folder / "weights")
-                    checkpoint.atomic_write(
-                        folder / "weights" / "README.md", lambda temporary: temporary.write_text(card)
-                    )
+                    checkpoint.atomic_write(folder / "weights" / "README.md", lambda file: file.write_text(card))
                 write_json(folder / "evaluation.json", result)
-    for each in accelerator.trackers:
-        each.finish()
-    accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
     return result | {"history": history, "base_images": before, "images": after}
 
 
@@ -259,25 +271,19 @@ def tracker(name: str) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command(train_as_asked, arguments)
+    return one_voice(interruptible, command, train_as_asked, arguments)
 
 
 def train_as_asked(arguments: list[str] | None) -> None:
     given, began = asked(Run, "ref.train", arguments), time.perf_counter()
     large = given.preset in LARGE
+    what = ("preset", "method", "output_dir", "weight", "settings", "resume", "save_every", "space", "encoder")
     result = run(
-        given.preset,
-        given.method,
-        given.output_dir,
-        given.weight,
-        given.settings,
-        given.resume,
-        given.save_every,
-        space=given.space,
-        encoder=given.encoder,
+        **{name: getattr(given, name) for name in what},
         options=given.options if large else None,
         evaluate_every=50 * large if given.evaluate_every is None else given.evaluate_every,
         log_with=given.log_with or ("tensorboard" if large else "none"),
+        again=f"continue with: python -m ref.train --output-dir {shlex.quote(str(given.output_dir))} --resume",
     )
     if processes() > 1:
         others = rank() > 0

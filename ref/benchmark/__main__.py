@@ -14,6 +14,8 @@ from ref.options import command
 from ref.presets import LARGE, PRESETS
 from ref.scale.directory import write_json
 from ref.scale.microbatch import fitted
+from ref.scale.paths import refuse_unwritable
+from ref.scale.signals import interruptible
 from ref.settings import in_one_line
 from ref.train import Work, asked
 
@@ -31,6 +33,8 @@ class Benchmark(Work):
 
 def benchmark_as_asked(arguments: list[str] | None) -> None:
     given = asked(Benchmark, "ref.benchmark", arguments)
+    if given.json_file:
+        refuse_unwritable(given.json_file, "--json")
     if given.threads:
         torch.set_num_threads(given.threads)
     task = PRESETS[given.preset].task(given.encoder, given.options if given.preset in LARGE else None)
@@ -44,7 +48,7 @@ def benchmark_as_asked(arguments: list[str] | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command(benchmark_as_asked, arguments)
+    return interruptible(command, benchmark_as_asked, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ sample; attention's backward is counted as flash attention does it, which comput
 """
 
 import dataclasses
-import resource
 import sys
 import tempfile
 import time
@@ -176,6 +175,12 @@ def scaling(changed: dict, base: dict, phase: str) -> tuple[float, float, float,
 
 def most_resident() -> float:
     """The process's largest resident memory so far in GiB, which holds libraries and imports too."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        import psutil  # which accelerate needs too
+
+        return psutil.Process().memory_info().peak_wset / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 

@@ -3,7 +3,9 @@
 processes    which process owns which groups, and the two things that are exchanged
 weights      trained weights by name, whole or in parts
 sharding     all weights in parts on several GPUs (FSDP2)
-checkpoint   atomic files, signals
+checkpoint   atomic files, checkpoints
+directory    a run's directory: whose it is, and that nothing in it is lost
+signals      ended by Ctrl-C, SIGTERM or SIGHUP: saved first
 microbatch   the largest micro-batch, by trial
 memory       running out of it, in one line
 paths        places that can be written

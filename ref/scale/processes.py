@@ -16,7 +16,12 @@ many.) Full fine-tuning sums it within the backward passes, see sharding.py. `Ac
 set `torch.distributed` up; without it there is one process, and nothing is exchanged.
 """
 
-from collections.abc import Iterable
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +29,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ref.scale.weights import in_parts
+
+LOST = ("closed by peer", "Connection reset", "NCCL", "Broken pipe")  # gloo has no class of its own for it
+PATIENCE = 3.0  # seconds in which a launcher ends all processes when one has failed
 
 
 def processes() -> int:
@@ -93,3 +101,32 @@ def over_processes(value: Tensor, largest: bool = False) -> float:
     if processes() > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return value.item()
+
+
+def one_voice(command: Callable[..., int], *arguments) -> int:
+    """What command(*arguments) returns. Of several processes that were launched the first one speaks.
+
+    What is wrong with one is wrong with all, mostly: when the first has said so and ended, the launcher ends the
+    others. Where it is wrong with another one alone, that speaks after a while. One that lost the others says so last.
+    """
+    if "RANK" not in os.environ:
+        return command(*arguments)
+    first = int(os.environ["RANK"]) == 0
+    said, code = sys.stderr if first else io.StringIO(), 2
+    try:
+        with redirect_stderr(said):
+            code = command(*arguments)
+    except SystemExit as end:  # of the command line
+        code = end.code
+    except RuntimeError as error:
+        if processes() == 1 or not any(words in str(error) for words in LOST):
+            raise
+        time.sleep(2 * PATIENCE)
+        said.write("error: another process has ended, and this one cannot go on without it\n")
+    if code:
+        if not first:
+            time.sleep(PATIENCE)
+            sys.stderr.write("\n" + said.getvalue())  # below the bar of the first
+        sys.stderr.flush()
+        os._exit(code)  # Python's own end takes seconds, and may wait for the others
+    return code

@@ -1,12 +1,15 @@
 """Makes the base weights of `digits.py` from nothing: two readers, phi, the VAE, the flow transformer.
 
-    python -m ref.worlds.digits_base                 # into ref/worlds/weights/digits
+    python -m ref.worlds.digits_base                 # into outputs/digits_base
+   python -m ref.worlds.digits_base --output-dir ref/worlds/weights/digits --overwrite    # those that `ref` uses
 
 Each part has its own seed, so changing one leaves the others as they are. The readers and the judge see
 digits under shear, so that they read every slant and the reward's two factors stay apart.
 """
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +19,12 @@ from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from ref.options import Options, command, read
+from ref.scale.paths import refuse_unwritable
+from ref.scale.signals import interruptible
 from ref.settings import in_one_line
-from ref.worlds.digits import PROMPTS, WEIGHTS, CaptionEncoder, Phi, convolutional, data, dense, legibility
+from ref.worlds.digits import PROMPTS, CaptionEncoder, Phi, convolutional, data, dense, legibility
+
+PARTS = ("transformer", "vae", "scheduler", "heads.safetensors")
 
 
 def views(images: Tensor, generator: torch.Generator, shear: float = 0.0) -> Tensor:
@@ -147,8 +154,8 @@ def make_flow(vae, steps: int, seed: int):
     return tuple(average.module)
 
 
-def make(folder: Path | str = WEIGHTS, scale: float = 1.0, seed: int = 0) -> dict[str, float]:
-    """Train every part and save it; `scale` shortens all trainings alike.
+def make(folder: Path | str, scale: float = 1.0, seed: int = 0) -> dict[str, float]:
+    """Train every part, then save all; `scale` shortens all trainings alike.
 
     Returns the share of unseen digits that the reward's reader and the judge read; each is tested on
     the half of the data that the other one learnt from.
@@ -171,13 +178,20 @@ def make(folder: Path | str = WEIGHTS, scale: float = 1.0, seed: int = 0) -> dic
     vae = make_vae(steps(3000), seed + 4)
     transformer, captions = make_flow(vae, steps(8000), seed + 5)
 
-    transformer.save_pretrained(folder / "transformer")
-    vae.save_pretrained(folder / "vae")
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
     heads = {"captions": captions, "phi": phi, **readers}
-    save_file(
-        {f"{k}.{n}": p for k, m in heads.items() for n, p in m.state_dict().items()}, folder / "heads.safetensors"
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:  # no mixture of old and new when interrupted
+        transformer.save_pretrained(Path(new, "transformer"))
+        vae.save_pretrained(Path(new, "vae"))
+        FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(Path(new, "scheduler"))
+        save_file(
+            {f"{k}.{n}": p for k, m in heads.items() for n, p in m.state_dict().items()},
+            Path(new, "heads.safetensors"),
+        )
+        for file in [path for path in Path(new).rglob("*") if path.is_file()]:
+            place = folder / file.relative_to(new)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
     unseen = {"reader": halves["judge"], "judge": halves["reader"]}
     return {
         name: legibility(net, images[unseen[name]], [PROMPTS[c] for c in labels[unseen[name]]])
@@ -189,19 +203,24 @@ def make(folder: Path | str = WEIGHTS, scale: float = 1.0, seed: int = 0) -> dic
 class Base(Options):
     """Train the digits base model."""
 
-    output_dir: Path = WEIGHTS  # where the weights go
+    output_dir: Path = Path("outputs/digits_base")  # where the weights go
+    overwrite: bool = False  # replace weights that are there already
     scale: Annotated[float, Gt(0), Le(100)] = 1.0  # share of the full training length
     seed: int = 0  # of all parts
 
 
 def make_as_asked(arguments: list[str] | None) -> None:
     options = read(Base, "ref.worlds.digits_base", arguments)
+    refuse_unwritable(options.output_dir / "config", "--output-dir")
+    there = [options.output_dir / name for name in PARTS if (options.output_dir / name).exists()]
+    if there and not options.overwrite:
+        raise ValueError(f"{there[0]} is there already; choose another --output-dir, or replace it with --overwrite")
     accuracy = make(options.output_dir, options.scale, options.seed)
     print(", ".join(f"{name}: {value:.1%} of unseen digits read" for name, value in accuracy.items()))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command(make_as_asked, arguments)
+    return interruptible(command, make_as_asked, arguments)
 
 
 if __name__ == "__main__":
