@@ -20,10 +20,12 @@
 # **Question.** A flow turns noise into an image by solving a differential equation. Nothing in it is random but the
 # start. How can reinforcement learning, which needs probabilities of actions, get hold of it?
 #
-# **You need** PyTorch and the normal distribution; nothing is imported from `ref`. **It takes** half a minute to run.
+# **You need** PyTorch and the normal distribution; nothing is imported from `ref` before the last picture. **It takes** half
+# a minute; with `REF_FAST=1` seconds: smaller samples, the same checks.
 #
-# Letters: the noise level $\sigma$ runs from 1 (noise) to 0 (data); $x_\sigma=(1-\sigma)\,x_{\rm data}+\sigma\varepsilon$; the
-# velocity, which a flow model learns, is $v(x,\sigma)=\mathbb E[\varepsilon-x_{\rm data}\mid x_\sigma=x]$.
+# Letters: the noise level $\sigma$ runs from 1 (noise) to 0 (data); $\varepsilon\sim\mathcal N(0,I)$ is noise and
+# $x_\sigma=(1-\sigma)\,x_{\rm data}+\sigma\varepsilon$; the velocity, which a flow model with weights $\theta$ learns, is
+# $v(x,\sigma)=\mathbb E[\varepsilon-x_{\rm data}\mid x_\sigma=x]$. A step takes $\sigma$ down by $dt$, from $x$ to $x'$.
 
 # %%
 # %matplotlib inline
@@ -32,6 +34,7 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import display
 from torch.distributions import Normal
 
 FAST = os.environ.get("REF_FAST") == "1"
@@ -44,7 +47,7 @@ N_SAMPLES = 2000 if FAST else 20000
 # ## A flow that needs no training
 #
 # When the data are a mixture of Gaussians, the velocity is a formula: within a mode everything is linear, and the modes
-# are mixed by their responsibilities $r_m(x,\sigma)$. Data: two modes on a line.
+# are mixed by their responsibilities $r_m(x,\sigma)=P(\text{mode }m\mid x_\sigma=x)$. Data: two modes on a line.
 
 # %%
 centres, width, weights = torch.tensor([-1.5, 1.0]), 0.25, torch.tensor([0.35, 0.65])
@@ -83,8 +86,8 @@ assert abs(seen.mean() - formula) < 5.5 * seen.std() / len(seen) ** 0.5 + 0.02  
 # ## From the ODE to an SDE with the same marginals
 #
 # The *score* comes for free: $x+(1-\sigma)v=\mathbb E[\varepsilon\mid x]$, so $\nabla\log p_\sigma=-(x+(1-\sigma)v)/\sigma$.
-# Add noise $g\sqrt{dt}\,\varepsilon$ at each step and it spreads the density; add the drift $\frac{g^2}2\nabla\log p$ and it
-# contracts it by exactly as much. One step of the SDE:
+# Add noise $g\sqrt{dt}\,\varepsilon$ of some strength $g$ at each step and it spreads the density; add the drift
+# $\frac{g^2}2\nabla\log p$ and it contracts it by as much. One step of the SDE, with mean $\mu$:
 #
 # $$\mu=x-v\,dt-\frac{g^2}{2\sigma}\bigl(x+(1-\sigma)v\bigr)dt,\qquad x'=\mu+g\sqrt{dt}\;\varepsilon.$$
 
@@ -190,9 +193,10 @@ assert all(torch.count_nonzero(g) == 0 for g in gradients)  # zero in every bit
 # %% [markdown]
 # ## Sum or mean?
 #
-# A policy gradient compares new and old probabilities by their ratio. The log-density of an image is a *sum* over its
-# $d$ dimensions, but code divides by $d$. Both are right, for different purposes: theory sums; training averages, because a
-# ratio of sums leaves the range of float32 long before $d$ is that of an image.
+# Training compares the new and the old probability of an action by their ratio, and stops where it leaves
+# $[1-\epsilon,1+\epsilon]$, the *clip range*. The log-density of an image is a *sum* over its $d$ dimensions, but code divides
+# by $d$. Both are right, for different purposes: theory sums; training averages, because a ratio of sums leaves the range of
+# float32 long before $d$ is that of an image.
 
 # %%
 dims = [2**k for k in range(1, 17 if FAST else 19)]
@@ -216,7 +220,7 @@ assert ratios["sum"][-1] > 5 and ratios["mean"][-1] < 1e-3
 
 # %% [markdown]
 # The same small change of the policy spreads the joint log-ratio like $\sqrt d$ and the averaged one like $1/\sqrt d$. It is the
-# joint ratio to the power $1/d$: that is why the clip range of such trainers is $10^{-4}$ and not $0.2$.
+# joint ratio to the power $1/d$: that is why the clip range of such trainers is near $10^{-4}$ and not $0.2$.
 #
 # One trap: before the first update the ratio must be 1 *exactly*, so nothing may be rounded after it was scored.
 
@@ -229,17 +233,49 @@ print(f"ratio - 1: kept {(exact - 1).abs().max():.0e}, latents rounded to bf16 {
 assert (exact == 1).all() and (rounded - 1).abs().max() > 1e-4
 
 # %% [markdown]
+# ## How much noise? More steps can be worse
+#
+# The field has three kernels (`ref/schedule.py`): `flow_sde` takes $g=\eta\sqrt{\sigma/(1-\sigma)}$, `dance_sde` a constant
+# $g=\eta$, `cps` re-noises the predicted image. For data $\mathcal N(0,s^2)$ every step is linear and the samples' variance is a
+# recursion; nothing is sampled below. Near the data a constant $g$ is too much: a step with $g^2dt>4\sigma\sigma'$ ($\sigma'$ its
+# lower end) overshoots when $s\to0$ ([P18](../proofs/P18_stability_near_the_data.md)).
+
+# %%
+from ref.schedule import FlowSchedule, time_grid, variance_recursion
+from ref.worlds import figures as pictures
+
+
+def ratio(kind, steps, eta=0.7, shift=1.0, width=0.01):
+    """The variance of the samples over that of the data; and whether every noisy step is stable."""
+    schedule = FlowSchedule(time_grid(steps, shift, torch.float64), kind, eta)
+    ratios, factors = variance_recursion(schedule, width)
+    return ratios[-1].item(), bool((factors[list(schedule.steps)] <= 1).all())
+
+
+counts = sorted({round(10 * 640 ** (k / 59)) for k in range(60)})
+kernels = {kind: (counts, [ratio(kind, n)[0] for n in counts]) for kind in ("dance_sde", "flow_sde", "cps")}
+dance_grpo = ("DanceGRPO's recipe", 16, ratio("dance_sde", 16, 0.3, 3.0)[0])
+display(pictures.kernel_stability(kernels, (8 / 0.7**2, 0.7**2 / 4e-4), "data of width 0.01, $\\eta$ = 0.7", dance_grpo))
+print(f"dance_sde, even grid, 0.7: stable for narrow data up to {8 / 0.7**2:.0f} steps; DanceGRPO's: up to {8 * 3 / 0.3**2:.0f}")
+assert all(ratio("dance_sde", 16, 0.3, 3.0, width)[1] for width in (1e-6, 0.01, 0.1, 1.0))
+assert not ratio("dance_sde", 200)[1] and ratio("flow_sde", 200)[1] and ratio("cps", 200)[1]
+
+# %% [markdown]
+# DanceGRPO's own recipe ($\eta=0.3$, 16 steps, a grid shifted by 3) is stable for data of every width. Not so `sd35_medium` on SD3's
+# own grid, whose last step begins at a very small $\sigma$: it is not for data narrower than 0.069 (P18). Stable is not accurate:
+# with few steps every kernel makes such narrow data too narrow.
+#
 # ## Summary
 #
-# - A flow becomes a policy when the ODE is replaced by an SDE with the same marginals; the score needed for that is a
-#   linear function of the velocity.
+# - A flow becomes a policy when the ODE is replaced by an SDE with the same marginals (in the limit of small steps); the score
+#   needed for that is a linear function of the velocity.
 # - Each step is a Gaussian whose mean is learned and whose width is not. Its entropy is a constant.
 # - Log-densities are summed in theory and averaged in training. State which.
+# - Noise must shrink with $\sigma$ near the data, or steps must be few; else more steps are worse.
 #
 # ## Exercises
 #
-# 1. Give the noise $g=\eta\sqrt{\sigma/(1-\sigma)}$ of Flow-GRPO. What happens at $\sigma=1$, and what does the first step's
-#    width then depend on?
+# 1. `flow_sde`'s $g$ is infinite at $\sigma=1$. What does `ref/schedule.py` do there, and what does the first step's width depend on?
 # 2. Let the last step be noisy too. By how much does it blur the two modes at 10 steps?
 # 3. Halve the number of steps again and again. How does the SDE's distance to the exact density grow?
 

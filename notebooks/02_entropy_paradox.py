@@ -20,9 +20,10 @@
 # **Question.** In language models a falling policy entropy announces a loss of diversity. Here the samples collapse
 # and the policy entropy does not move by a hair. Where has the lost diversity gone?
 #
-# **You need** notebook 01 and the chain rule of entropy. **It takes** a minute to run. Claims
-# [P01](../proofs/P01_policy_entropy_is_constant.md), [P02](../proofs/P02_path_entropy_is_constant.md) and
-# [P03](../proofs/P03_entropy_bonus_is_noise.md) are proved in `proofs/`; here they are seen.
+# **You need** notebook 01 and the chain rule of entropy. **It takes** a minute; `REF_FAST=1` takes seconds, trains too short to
+# collapse, and says which claims it skips. Claims [P01](../proofs/P01_policy_entropy_is_constant.md),
+# [P02](../proofs/P02_path_entropy_is_constant.md), [P03](../proofs/P03_entropy_bonus_is_noise.md) and
+# [P17](../proofs/P17_the_floor_of_the_collapse.md) are proved in `proofs/`; here they are seen.
 
 # %%
 # %matplotlib inline
@@ -32,7 +33,7 @@ import os
 import torch
 
 from ref import figures
-from ref.entropy import knn_entropy, path_entropy
+from ref.entropy import entropy_floor, knn_entropy, path_entropy
 from ref.grpo import train
 from ref.methods import METHODS
 from ref.sampling import sample
@@ -45,6 +46,16 @@ torch.set_num_threads(1)
 SEED = 0
 
 # %% [markdown]
+# ## The training, in three words
+#
+# *Group:* the $K$ samples that one prompt gets, $x^1..x^K$, with rewards $R^1..R^K$. *Advantage:* how much better a sample is than its
+# group, $A^k=(R^k-\mathrm{mean}_jR^j)/(\mathrm{std}_jR^j+10^{-4})$. *GRPO* (group-relative policy optimisation): raise the
+# log-probability of every step of sample $k$ in proportion to $A^k$, as far as the clip range allows. On a flow, with notebook
+# 01's steps as actions, it is called *Flow-GRPO*.
+#
+# *Policy entropy* is the entropy of a step, *perceptual entropy* $\mathcal H_{perc}$ a measure of how far a group's features
+# $\phi(x^k)$ lie apart (notebook 04). Both are in nats per dimension (of latents, of features).
+#
 # ## Figure 1 on a world that is known exactly
 #
 # Latents have 64 dimensions. The eye (`phi`) sees only the first two, where six modes sit on a ring; the other 62
@@ -76,10 +87,10 @@ for state in train(MixtureFlow(world), [""] * 32, reward, phi, METHODS["flow_grp
 figures.entropy_paradox(history)
 
 # %% [markdown]
-# (a) The policy entropy is one number from the first iteration to the last, and the estimate from samples flickers
-# around it. Perceptual entropy falls. (b) What the eye sees loses most of its variance. The latents lose little,
-# *relative to all they have*. How little is bookkeeping: the variance of 64 dimensions is that of the two plus that of
-# the other 62. (Pixels are the latents here, so their curves coincide.)
+# (a) The policy entropy is one number from the first iteration to the last; its estimate from samples misses it by too little to be
+# drawn. Perceptual entropy falls. (b) What the eye sees loses most of its variance. The latents lose a quarter of theirs. That is
+# bookkeeping: the variance of 64 dimensions is that of the two plus that of the other 62, and the 62 keep theirs. (Pixels are the
+# latents here, so their curves coincide.)
 
 # %%
 first, last = ({k: sum(m[k] for m in part) / 5 for k in history[0]} for part in (history[:5], history[-5:]))
@@ -87,20 +98,21 @@ for key in ("policy_entropy", "policy_entropy_mc", "perceptual_entropy", "vae_va
     print(f"{key:20} {first[key]:8.3f} -> {last[key]:8.3f}")
 hidden = [m["vae_variance"] - m["feature_variance"] for m in (first, last)]
 print(f"unseen 62 dimensions {hidden[0]:8.3f} -> {hidden[1]:8.3f}")
+print(f"latents keep {last['vae_variance'] / first['vae_variance']:.0%}, the plane {last['feature_variance'] / first['feature_variance']:.0%}")
 assert len({m["policy_entropy"] for m in history}) == 1  # not nearly constant: constant
 if FAST:
-    print("skipped in fast mode: the collapse needs the full training")
+    print("SKIPPED in fast mode: features lose more than half their variance, the unseen dimensions less than a tenth")
 else:
     assert last["feature_variance"] < 0.5 * first["feature_variance"]
     assert abs(hidden[1] / hidden[0] - 1) < 0.1
 
 # %% [markdown]
-# So the flat latent variance of the paper's figure 1a needs no mystery: a perceptual plane is a small part of a latent
-# space. On a toy whose latents *are* its features, latent variance would fall with the rest.
+# In the paper's figure 1a the latent variance is flat. Here it falls by a quarter, because the plane holds 6 of the 21
+# units at the start; where it is a smaller part of the latent space the same collapse hardly shows.
 #
 # ## Where the diversity went
 #
-# One dimension, two modes, five steps of which four are noisy. Here every density can be integrated on a grid.
+# One dimension, two modes, $N=5$ steps $x_0\to\dots\to x_5$ of which four are noisy. Here every density can be integrated on a grid.
 # The reward pays 1 for the upper mode and 0 for the lower.
 
 # %%
@@ -172,14 +184,18 @@ pictures.rivers(
 #
 # ## The ledger
 #
+# With $H_i=\frac12\log(2\pi e\,s_i^2)$ the entropy of noisy step $i$, whose width $s_i$ the schedule sets, all in nats:
+#
 # $$\underbrace{H(x_0)+\sum_iH_i}_{\text{no }\theta}=\underbrace{H(z)}_{\text{which image}}+\underbrace{H(\text{path}\mid z)}_{\text{which path to it}}$$
 
 # %%
 iterations, image, path, knn = map(list, zip(*records))
 total = path_entropy(schedule, 1).item()
-pictures.entropy_ledger(iterations, image, path, total, (iterations, knn))
+floor = entropy_floor(schedule, 1).item()
+pictures.entropy_budget(iterations, image, floor, total, (iterations, knn))
 
 # %%
+assert min(image) >= floor - 1e-4
 print("iteration   H(z)  H(path|z)      sum   closed form   kNN of H(z)")
 for row in records[:: max(1, len(records) // 5)]:
     print(f"{row[0]:9d} {row[1]:6.3f} {row[2]:10.3f} {row[1] + row[2]:8.5f} {total:13.5f} {row[3]:13.3f}")
@@ -188,8 +204,12 @@ assert max(abs(a - b) for a, b in zip(image, knn)) < 0.12  # 4000 samples: three
 print(f"image entropy {image[-1] - image[0]:+.3f} nats, path entropy {path[-1] - path[0]:+.3f} nats")
 
 # %% [markdown]
+# What the image loses the path gains, to the last digit. There is a floor (P17): the last noisy step adds its own noise to $z$
+# whatever the policy does, so $H(z)\ge H_{N-2}$. Most of what could move has moved.
+#
 # The one exception is the deterministic last step: the finished image $x_N=F_\theta(z)$ has
-# $H(x_N)=H(z)+\mathbb E\log|F_\theta'(z)|$, and that Jacobian costs no path entropy. It is small here, and
+# $H(x_N)=H(z)+\mathbb E\log|F_\theta'(z)|$ where $F_\theta$ is one to one (else less $H(z\mid x_N)$), and
+# that Jacobian costs no path entropy. It is small here, and
 # [P02](../proofs/P02_path_entropy_is_constant.md) keeps it.
 
 # %%
@@ -205,7 +225,7 @@ for name, net in (("base", MixtureFlow(pair)), ("trained", model)):
 #
 # - Policy entropy is set by the noise schedule. It is exactly constant, whatever the reward does (P01).
 # - The entropy of the whole *path* is constant too (P02). Collapse is a transfer: nats leave "which image" and arrive at
-#   "which path to it".
+#   "which path to it", down to a floor that the schedule sets (P17).
 # - An entropy bonus in latent space therefore has nothing to act on; its expected gradient is zero (P03).
 # - To keep images diverse one has to measure diversity where it is lost: in features (notebook 04).
 #

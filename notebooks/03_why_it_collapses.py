@@ -20,7 +20,8 @@
 # **Question.** Nobody asked for a single image. The reward only says that some are a little better. Why does the
 # policy end with one mode, and what decides which?
 #
-# **You need** notebooks 01 and 02. **It takes** a minute and a half to run. The proofs are
+# **You need** notebooks 01 and 02 (which defines group, advantage and GRPO). **It takes** a minute and a half; `REF_FAST=1` takes
+# seconds, trains too short to collapse, and says which claims it skips. The proofs are
 # [P06](../proofs/P06_replicator_flow.md) (modes compete like species) and
 # [P07](../proofs/P07_advantage_probabilities.md) (what figure 2 of the paper can and cannot show).
 
@@ -45,8 +46,8 @@ ITERATIONS = 15 if FAST else 130
 # %% [markdown]
 # ## The theory: modes compete like species
 #
-# Let $p_m$ be the share of mode $m$ and $R_m$ its reward. Climbing $\mathbb E[R]$ by the natural gradient gives the
-# replicator equation $\dot p_m=p_m(R_m-\mathbb E[R])$: a mode grows while it is better than the average, and the average
+# Let $p_m$ be the share of mode $m$, $R_m$ its reward, and $\tau$ the time of training. Climbing $\mathbb E[R]$ by the natural
+# gradient (steps measured by how much they change the policy, not its weights) gives the replicator equation $\dot p_m=p_m(R_m-\mathbb E[R])$: a mode grows while it is better than the average, and the average
 # rises. The solution is $p_\tau\propto p_0e^{\tau R}$. Nothing in it stops before one mode is left.
 
 # %%
@@ -74,7 +75,8 @@ print(f"at tau = 2: dE[R]/dtau = Var(R) = {rate:.4f},  dH/dtau = -Cov(log p, R) 
 # %% [markdown]
 # ## The same with a trained flow
 #
-# Flow-GRPO on six modes, 32 groups of 16. The reward is that of the nearest mode.
+# Flow-GRPO on six modes. There is one prompt; an iteration draws 32 groups of $K=16$ samples and gives each sample the advantage
+# $A^k=(R^k-\bar R)/(\mathrm{std}\,R+10^{-4})$ within its group. The reward is that of the nearest mode.
 
 
 # %%
@@ -111,6 +113,9 @@ pictures.modes_dying(shown, world.means, gaps, shares, matched(shares, gaps))
 # story, and the entropy of the policy's steps knows nothing of it. The *shares on the way* are not the replicator's. The
 # theory moves each mode by itself; here all modes share one network, and the best mode (1.0) is a neighbour of the worst
 # (0.0) on the ring. So put the rewards in another order and ask again.
+#
+# Look at the last cloud, too: it lies outside every mode. The reward is that of the *nearest* mode, however far, so nothing holds
+# samples at it: the model is paid for leaving the data. Notebook 05 uses a reward that pays near the modes only.
 
 # %%
 shuffled = torch.tensor([0.0, 0.4, 0.8, 1.0, 0.6, 0.2])  # good modes side by side, no cliff
@@ -125,7 +130,9 @@ print(f"         (512 samples of the theory itself would be {noise:.2f} away)")
 
 # %% [markdown]
 # The replicator is a law of the *natural* gradient. It predicts the direction, the order and the end; a network with
-# shared weights and AdamW takes its own way there. This is a limit of the theory and not of the experiment.
+# shared weights and AdamW takes its own way there. This is a limit of the theory and not of the experiment. One cause is ruled out:
+# the initial noise $x_0$ is not trained, which makes the exact curve a *conditional* replicator
+# ([P16](../proofs/P16_conditional_replicator.md)). On this ring the two hardly differ, and the conditional one fits no better.
 #
 # ## Flat rewards do not collapse
 #
@@ -155,17 +162,18 @@ Image(pictures.movie(frames), format="gif")
 left = {key: [effective_modes(run[3][-5:].mean(0)).item() for run in runs[key]] for key in runs}
 print({key: [f"{x:.2f}" for x in values] for key, values in left.items()})
 if FAST:
-    print("skipped in fast mode: the collapse needs the full training")
+    print("SKIPPED in fast mode: the flat reward keeps more than 5.5 modes, the tilted one fewer than 2")
 else:
     assert min(left["flat"]) > 5.5 and max(left["tilted"]) < 2
 
 # %% [markdown]
-# So it is not reinforcement learning as such, nor the noise of the groups, that kills modes within this time. It is any
-# difference in reward, however small, given long enough.
+# So it is not reinforcement learning as such, nor the noise of the groups, that kills modes within this time: it is differences in
+# reward.
 #
 # ## Figure 2, and how to read it
 #
-# The paper plots "advantage probabilities" $p_A(x^k)$ within a group and says that their maximum and minimum converge. A
+# The paper plots "advantage probabilities" $p_A(x^k)$ within a group, a softmax over its $K$ samples, and says that their maximum
+# and minimum converge. A
 # softmax of *rewards* does that when the rewards' spread shrinks (P07); the temperature here is the first iteration's spread.
 
 # %%
@@ -197,7 +205,8 @@ for i in (0, ITERATIONS // 2, ITERATIONS - 1):
 #
 # - Policy gradients are selection: modes below the average shrink, the average rises, one mode remains (P06).
 # - Entropy of the modes falls at the rate $\mathrm{Cov}(\log p,R)$; the entropy of the policy is not part of the equation.
-# - A flat reward keeps all modes. The collapse comes from reward differences, not from sampling noise.
+# - A flat reward kept all modes over this run. Finite groups still make their shares a random walk (P06), so noise
+#   alone loses modes in the end; reward differences do it much sooner.
 # - The replicator predicts order and end; the path of a network with shared weights differs, visibly.
 # - Figure 2 of the paper needs raw rewards (or a fixed temperature): normalised advantages cannot converge (P07).
 #

@@ -150,7 +150,8 @@ figures.mode_seeking(histories["flow_grpo"])
 #
 # PEC adds $-\lambda \log p_{perc}$ to each sample's reward: being unlike the rest of one's group pays.
 # PCVAE adds $-\lambda[\log p_{perc} - \log p_\theta]$, whose second term has zero expected gradient
-# (proofs/P03): it is PEC with more noise, and so the two should come out alike.
+# with centred advantages (proofs/P03). Here they are divided by the group's standard deviation, which the term enlarges: PEC with
+# more noise and a slightly weaker pull. The two should come out nearly alike.
 
 # %%
 for method, weight in (("pec", 1.0), ("pcvae", 0.5)):
@@ -278,7 +279,7 @@ for name in dict.fromkeys(run["run"] for run in own_space[1:]):
 #
 # A KL penalty to the base model is as good at the left end and far behind at the right: for 92 % of the variance it
 # pays 39 % of the gain, PEC 20 %. It holds the images where they were; PEC only holds them apart. PCVAE lies on PEC's line or
-# a little below it, as P10 predicts: the same expected gradient with more noise. At the left end the perceptual
+# a little below it, as P10 leads one to expect: more noise, and with std-normalised advantages a weaker pull. At the left end the perceptual
 # entropy regulariser ($\lambda=3$: 96 % of the gain at 73 % of the variance, 99.7 % legible) is no worse than PEC.
 #
 # In the *reward model's* features, the space that the paper uses most, PEC has more variance than the base model. That is

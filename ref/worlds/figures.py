@@ -33,43 +33,6 @@ def rivers(flows: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], modes: Tenso
     return figure
 
 
-def entropy_ledger(
-    iterations: list[int], image: list[float], path: list[float], total: float, estimate: tuple | None = None
-) -> Figure:
-    """P02 as a ledger: nats in the image's law, nats in the path given the image; their sum cannot move.
-
-    image, path: H(x_{N-1}) and H(path | x_{N-1}) at `iterations`; total: the closed form; estimate: kNN's
-    (iterations, values) of the first. Only the boundary's *shift* means something: differential entropies
-    have no natural zero, so the axis starts below the smallest image entropy.
-    """
-    figure, axis = panels(1, 1, width=6.4, height=3.8)
-    floor = min(0.0, min(image) - 0.3)
-    axis.fill_between(iterations, [floor] * len(image), image, color="#c44e52", alpha=0.75, lw=0)
-    axis.fill_between(iterations, image, [a + b for a, b in zip(image, path)], color="#4c72b0", alpha=0.55, lw=0)
-    axis.axhline(total, color="black", lw=2)
-    axis.annotate(
-        "path entropy, closed form: no $\\theta$ in it",
-        (iterations[0], total),
-        xytext=(6, 6),
-        textcoords="offset points",
-    )
-    middle = len(iterations) * 2 // 3
-    axis.text(iterations[middle], (floor + image[middle]) / 2, "which image", ha="center", va="center", color="white")
-    axis.text(
-        iterations[middle], (total + image[middle]) / 2, "which path to it", ha="center", va="center", color="white"
-    )
-    if estimate is not None:
-        axis.plot(*estimate, "o", ms=4, color="black", mfc="white", label="kNN estimate from samples")
-        axis.legend(frameon=False, loc="lower left")
-    axis.set(
-        xlabel="iteration",
-        ylabel="nats",
-        ylim=(floor, total + 0.12 * (total - floor)),
-        xlim=(iterations[0], iterations[-1]),
-    )
-    return figure
-
-
 def modes_dying(
     snapshots: dict[int, Tensor], centres: Tensor, reward: Tensor, trained: Tensor, theory: Tensor | None = None
 ) -> Figure:
@@ -209,11 +172,15 @@ def movie(frames: list[Figure], seconds: float = 6.0) -> bytes:
 
 
 def kernel_stability(
-    curves: dict[str, tuple[list[int], list[float]]], unstable: tuple[float, float], title: str = ""
+    curves: dict[str, tuple[list[int], list[float]]],
+    unstable: tuple[float, float],
+    title: str = "",
+    recipe: tuple[str, int, float] | None = None,
 ) -> Figure:
     """P18: the variance of the samples over that of the data, against the number of steps; a line for each kernel.
 
-    curves: kernel -> (numbers of steps, ratios); unstable: the range of steps in which `dance_sde` amplifies.
+    curves: kernel -> (numbers of steps, ratios); unstable: the range of steps in which `dance_sde` amplifies;
+    recipe: (name, steps, ratio) of a schedule to be placed beside them.
     """
     figure, axis = panels(1, 1, width=6.6, height=4.0)
     colors = {"dance_sde": "#c44e52", "flow_sde": "#4c72b0", "cps": "#55a868"}
@@ -237,31 +204,47 @@ def kernel_stability(
     inside = (unstable[0] * unstable[1]) ** 0.5
     axis.text(inside, min(curves["cps"][1]) * 1.3, "dance_sde overshoots\nnear the data", color=colors["dance_sde"], ha="center", fontsize=9)  # fmt: skip
     axis.text(steps[0], 1.2, " as wide as the data", fontsize=9, va="bottom")
+    if recipe is not None:
+        axis.plot(*recipe[1:], "*", ms=14, color="#f2b134", mec="black", mew=0.8)
+        axis.annotate(recipe[0], recipe[1:], (10, -4), textcoords="offset points", fontsize=9, va="center")
     axis.set(xlabel="denoising steps $N$", ylabel="variance of the samples / of the data", title=title)
     axis.set(xlim=(steps[0], steps[-1]), ylim=(None, ratios[worst] * 8))
     return figure
 
 
-def entropy_budget(iterations: list[int], image: list[float], floor: float) -> Figure:
-    """P17: of the nats that *can* leave the image, how many have: H(z) `image` at `iterations`, above its floor."""
-    figure, axis = panels(1, 1, width=6.6, height=3.8)
+def entropy_budget(
+    iterations: list[int], image: list[float], floor: float, total: float | None = None, estimate: tuple | None = None
+) -> Figure:
+    """P02 and P17 as a ledger: H(z) `image`, which image, above its floor; up to `total`, which path to it.
+
+    total: H(path) + H(z) in closed form, the base model's H(z) where it is None; estimate: kNN's (iterations, values)
+    of H(z). Only the boundary's *shift* means something: differential entropies have no natural zero.
+    """
+    figure, axis = panels(1, 1, width=7.0, height=4.2)
     start, end, last = image[0], image[-1], iterations[-1]
-    bottom = floor - 0.35 * (start - floor)
-    axis.fill_between(iterations, image, start, color="#4c72b0", alpha=0.55, lw=0)
+    top, bottom = total or start, floor - 0.45 * (start - floor)
+    axis.fill_between(iterations, image, top, color="#4c72b0", alpha=0.55, lw=0)
     axis.fill_between(iterations, floor, image, color="#c44e52", alpha=0.75, lw=0)
     axis.fill_between(iterations, bottom, floor, facecolor="#e8e8e8", edgecolor="#bdbdbd", hatch="///", lw=0)
     axis.plot(iterations, image, color="#8c2d31", lw=2)
     axis.axhline(floor, color="black", lw=2)
     for height, text in ((start, f"base model {start:.2f}"), (end, f"now {end:.2f}"), (floor, f"floor {floor:.2f}")):
         axis.text(last, height, f" {text}", va="center")
-    middle = iterations[0] + 0.3 * (last - iterations[0])
-    axis.text(middle, (floor + start) / 2, "which image", ha="center", va="center", color="white", fontsize=11)
-    moved = f"moved to the path:\n{start - end:.2f} of {start - floor:.2f} nats, {(start - end) / (start - floor):.0%}"
+    centre, words = (iterations[0] + last) / 2, dict(ha="center", va="center", color="white", fontsize=11)
+    axis.text(iterations[0] + 0.12 * (last - iterations[0]), (floor + start) / 2, "which image", **words)
+    moved = f"moved: {start - end:.2f} of\n{start - floor:.2f} nats, {(start - end) / (start - floor):.0%}"
+    axis.hlines(start, iterations[0], last, color="#8c2d31", lw=1, ls=":")
     axis.text(last - 0.02 * (last - iterations[0]), start - 0.06 * (start - floor), moved, ha="right", va="top")
     box = dict(bbox=dict(facecolor="#e8e8e8", edgecolor="none", pad=1.5), ha="center", va="center")
-    centre = (iterations[0] + last) / 2, (bottom + floor) / 2
-    axis.text(*centre, "the last noisy step's own noise: no policy loses it", **box)
-    axis.set(xlabel="iteration", ylabel="entropy of $z$, nats", xlim=(iterations[0], last), ylim=(bottom, start))
+    axis.text(centre, (bottom + floor) / 2, "the last noisy step's own noise: no policy loses it", **box)
+    if total is not None:
+        axis.axhline(total, color="black", lw=2)
+        axis.text(centre, start + 0.65 * (total - start), "which path to it", **words)
+        axis.text(centre, total, "the whole path, closed form: no $\\theta$ in it", ha="center", va="bottom")
+    if estimate is not None:
+        axis.plot(*estimate, "o", ms=4, color="black", mfc="white", label="H(z) from samples (kNN)", clip_on=False)
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
+    axis.set(xlabel="iteration", ylabel="nats", xlim=(iterations[0], last), ylim=(bottom, top + 0.12 * (total is not None) * (top - bottom)))  # fmt: skip
     return figure
 
 
