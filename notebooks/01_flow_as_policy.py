@@ -255,8 +255,12 @@ def ratio(kind, steps, eta=0.7, shift=1.0, width=0.01):
 counts = sorted({round(10 * 640 ** (k / 59)) for k in range(60)})
 kernels = {kind: (counts, [ratio(kind, n)[0] for n in counts]) for kind in ("dance_sde", "flow_sde", "cps")}
 dance_grpo = ("DanceGRPO's recipe", 16, ratio("dance_sde", 16, 0.3, 3.0)[0])
-display(pictures.kernel_stability(kernels, (8 / 0.7**2, 0.7**2 / 4e-4), "data of width 0.01, $\\eta$ = 0.7", dance_grpo))
-print(f"dance_sde, even grid, 0.7: stable for narrow data up to {8 / 0.7**2:.0f} steps; DanceGRPO's: up to {8 * 3 / 0.3**2:.0f}")
+display(
+    pictures.kernel_stability(kernels, (8 / 0.7**2, 0.7**2 / 4e-4), "data of width 0.01, $\\eta$ = 0.7", dance_grpo)
+)
+print(
+    f"dance_sde, even grid, 0.7: stable for narrow data up to {8 / 0.7**2:.0f} steps; DanceGRPO's: up to {8 * 3 / 0.3**2:.0f}"
+)
 assert all(ratio("dance_sde", 16, 0.3, 3.0, width)[1] for width in (1e-6, 0.01, 0.1, 1.0))
 assert not ratio("dance_sde", 200)[1] and ratio("flow_sde", 200)[1] and ratio("cps", 200)[1]
 

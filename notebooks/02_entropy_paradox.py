@@ -98,7 +98,9 @@ for key in ("policy_entropy", "policy_entropy_mc", "perceptual_entropy", "vae_va
     print(f"{key:20} {first[key]:8.3f} -> {last[key]:8.3f}")
 hidden = [m["vae_variance"] - m["feature_variance"] for m in (first, last)]
 print(f"unseen 62 dimensions {hidden[0]:8.3f} -> {hidden[1]:8.3f}")
-print(f"latents keep {last['vae_variance'] / first['vae_variance']:.0%}, the plane {last['feature_variance'] / first['feature_variance']:.0%}")
+print(
+    f"latents keep {last['vae_variance'] / first['vae_variance']:.0%}, the plane {last['feature_variance'] / first['feature_variance']:.0%}"
+)
 assert len({m["policy_entropy"] for m in history}) == 1  # not nearly constant: constant
 if FAST:
     print("SKIPPED in fast mode: features lose more than half their variance, the unseen dimensions less than a tenth")

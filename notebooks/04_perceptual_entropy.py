@@ -20,8 +20,8 @@
 # **Question.** Policy entropy cannot see the collapse (notebook 02). What can, does it behave like an entropy, and does it obey the
 # paper's law $R=-a\,e^{\mathcal H_{perc}}+b$?
 #
-# **You need** notebooks 02 and 03, `proofs/P08` and `P09`. **Time** a minute on two cores; `REF_FAST=1` takes seconds and skips the
-# claims that need the full runs (it says so).
+# **You need** notebooks 02 (group, advantage, GRPO) and 03, `proofs/P08` and `P09`. **Time** a minute on two cores; `REF_FAST=1` takes
+# seconds and skips the claims that need the full runs (it says which).
 
 # %%
 import math
@@ -34,7 +34,15 @@ from IPython.display import display
 from ref import figures
 from ref.grpo import advantages, start, train
 from ref.methods import METHODS
-from ref.perceptual import calibrate, deviations, fit_entropy_law, perceptual_entropy, perceptual_log_prob
+from ref.perceptual import (
+    calibrate,
+    calibrate_kernel,
+    deviations,
+    fit_entropy_law,
+    neighbours,
+    perceptual_entropy,
+    perceptual_log_prob,
+)
 from ref.settings import Settings
 from ref.worlds import figures as pictures
 from ref.worlds import mixture
@@ -58,13 +66,17 @@ def claim(what, holds):
 # %% [markdown]
 # ## The definition, in one picture
 #
-# Encode the $K$ samples of one prompt, $\phi_k\in\mathbb R^D$, and describe the group by one round Gaussian of *fixed* width $h$ around its mean $m$:
+# Encode the $K$ samples of one prompt by a perceptual network $\phi$, $\phi_k\in\mathbb R^D$, and describe the group by one round
+# Gaussian of *fixed* width $h$ around its mean $\bar\phi$. With $v=\frac1K\sum_k\lVert\phi_k-\bar\phi\rVert^2$ the group's variance,
 #
-# $$\log p_{perc}(k)=-\frac{\lVert\phi_k-m\rVert^2}{2h^2}-\frac D2\log(2\pi h^2),\qquad
-# \mathcal H_{perc}=-\frac1K\sum_k\log p_{perc}(k)=\frac v{2h^2}+\frac D2\log(2\pi h^2).$$
+# $$\log p_{perc}(k)=-\frac{\lVert\phi_k-\bar\phi\rVert^2}{2Dh^2}-\frac12\log(2\pi h^2),\qquad
+# \mathcal H_{perc}=-\frac1K\sum_k\log p_{perc}(k)=\frac v{2Dh^2}+\frac12\log(2\pi h^2).$$
+#
+# **The unit**, here, in training and in notebook 05: nats *per feature dimension*. The Gaussian's log-density, a sum over $D$ features, is
+# divided by $D$, so that a weight means the same for every encoder.
 #
 # $h$ is a ruler, $v$ the group's variance. The entropy asks only how long the blue radius is on the grey ruler. The middle group below is the base model,
-# on which the ruler is calibrated.
+# on which the ruler is calibrated: $Dh^2=v$.
 
 # %%
 base = torch.randn(64, 2, generator=generator)
@@ -79,26 +91,44 @@ display(pictures.perceptual_gaussian(groups, h))
 #
 # ## What it shares with an entropy, and what not
 #
-# P08: affine in $v$; blind to rotation, shift and order; calibrated, it equals a Gaussian's entropy at the start and shifts by $D\log c$ when features are
-# scaled by $c$, as an entropy must. It is bounded below (a collapsed group has $v=0$, not $-\infty$), so it is affine in the variance, not 'proportional' to it.
+# P08: affine in $v$; blind to rotation, shift and order; calibrated, it equals a Gaussian's entropy at the start and shifts by $\log c$ when features are
+# scaled by $c$, as an entropy per dimension must. It is bounded below (a collapsed group has $v=0$, not $-\infty$), so it is affine in the variance, not 'proportional' to it.
 
 # %%
 phi = torch.randn(3, 12, 5, dtype=torch.float64, generator=generator)
 h5 = calibrate(phi)
 Q = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=generator))[0]
-H = perceptual_entropy(phi, h5)
+H = perceptual_entropy(phi, h5, "mean")
 v = deviations(phi).square().sum(2).mean(1)
-torch.testing.assert_close(H, v / (2 * h5**2) + 2.5 * math.log(2 * math.pi * h5**2))
-torch.testing.assert_close(H, perceptual_entropy(phi.flip(1) @ Q + 7, h5))
-torch.testing.assert_close(H.mean().item(), 2.5 * math.log(2 * math.pi * math.e * h5**2))
-torch.testing.assert_close(H + 5 * math.log(3), perceptual_entropy(3 * phi, calibrate(3 * phi)))
-print("affine, invariant, Gaussian where calibrated, and shifted by D log c: all hold")
+torch.testing.assert_close(H, v / (2 * 5 * h5**2) + 0.5 * math.log(2 * math.pi * h5**2))
+torch.testing.assert_close(H, perceptual_entropy(phi.flip(1) @ Q + 7, h5, "mean"))
+torch.testing.assert_close(H.mean().item(), 0.5 * math.log(2 * math.pi * math.e * h5**2))
+torch.testing.assert_close(H + math.log(3), perceptual_entropy(3 * phi, calibrate(3 * phi), "mean"))
+print("affine, invariant, Gaussian where calibrated, and shifted by log c: all hold")
+
+# %% [markdown]
+# ## The other ruler: who is near?
+#
+# Notebook 05 also uses a *kernel entropy*, which sees the two clumps: instead of one Gaussian around the mean, a bump of width $h$ on each of the
+# *other* samples, $\log p(k)=\log\frac1{K-1}\sum_{j\ne k}\mathcal N(\phi_k;\phi_j,h^2I)$, again over $D$. How many of the $K-1$ others does it see?
+# Count them as $e^{\text{entropy of the bumps' weights}}$. The Gaussian's $h$ is of the size of *one coordinate's* spread, but two samples in $D$ dimensions lie
+# $\sqrt{2D}$ such spreads apart: in many dimensions only the nearest one counts. So the kernel's $h$ is calibrated by that number itself, to a quarter of $K-1$.
+
+# %%
+K, seen = 24, {}
+print("   D   neighbours of 23, Gaussian's h   with its own h   own h / Gaussian's")
+for D in (2, 32, 768):
+    phi = torch.randn(40, K, D, generator=generator)
+    h_gauss, own = calibrate(phi), calibrate_kernel(phi)
+    seen[D] = [neighbours(phi, width).mean().item() for width in (h_gauss, own)]
+    print(f"{D:4d}   {seen[D][0]:31.2f}   {seen[D][1]:14.2f}   {own / h_gauss:19.2f}")
+assert seen[768][0] < 1.5 < 10 < seen[2][0] and all(abs(own - (K - 1) / 4) < 0.1 for _, own in seen.values())
 
 # %% [markdown]
 # ## Finite groups: who is the baseline?
 #
-# As a reward, $\lVert\phi_k-m\rVert^2$ should climb the variance. But $m$ contains sample $k$, and GRPO's baseline contains everybody's bonus. P09: the gradient
-# is $\frac{K-2}{K}$ of what the formula suggests. A group of two has no diversity gradient at all.
+# As a reward, $\lVert\phi_k-\bar\phi\rVert^2$ should climb the variance. But $\bar\phi$ contains sample $k$, and the baseline that GRPO subtracts, the group's mean,
+# contains everybody's bonus. P09: the gradient is $\frac{K-2}{K}$ of what the formula suggests ($D=1$ below). A group of two has no diversity gradient at all.
 
 # %%
 n = 20_000 if FAST else 200_000
@@ -115,7 +145,7 @@ for size in (2, 3, 4, 8, 16):
 # %% [markdown]
 # ## Figure 3: the law $R=-a\,e^{\mathcal H_{perc}}+b$
 #
-# The paper reads it off a training run. We train plain Flow-GRPO on eight modes of unequal reward, where $\phi(x)=x$, and fit it. The band comes from blocks of
+# The paper reads it off a training run: $R$ is the mean reward, $a$ and $b$ are fitted. We train plain Flow-GRPO on eight modes of unequal reward, where $\phi(x)=x$. The band comes from blocks of
 # iterations, because neighbouring points of a run are not independent.
 
 
@@ -150,8 +180,8 @@ claim(f"the law has the paper's sign and explains most of the variance (R² = {l
 #
 # ## Where it must fail
 #
-# With *two* modes everything is known. If the better one has probability $p$ and pays $\delta$, then $R=\delta p$ and the expected $v=\frac{K-1}K\Delta^2p(1-p)$: an arch, not
-# an exponential. From $p=\frac12$ the first steps gain reward at no cost in variance; from $p<\frac12$ entropy *rises* with the reward. The law describes the way down from
+# With *two* modes everything is known. Let the better one have probability $p$ and pay $\delta$ more than the other, and let their features lie $\Delta$ apart. Then
+# $R=\delta p$ and the expected $v=\frac{K-1}K\Delta^2p(1-p)$: an arch, not an exponential. From $p=\frac12$ the first steps gain reward at no cost in variance; from $p<\frac12$ entropy *rises* with the reward. The law describes the way down from
 # the arch, nothing more.
 
 
@@ -185,11 +215,11 @@ claim("after it, the paper's sign", slopes.get("down", 0) > 0)
 # %% [markdown]
 # $R^2$ hides this: a run that collapses spends most of its points near the end, and a line through the end and a cloud near the
 # start explains much of the variance whatever lies between. Look at the curve, and at where points are dense.
-
-# %% [markdown]
+#
 # ## Summary
 #
-# - $\mathcal H_{perc}$ is the group's feature variance on a fixed ruler: affine in $v$, invariant as it should be, an entropy where calibrated.
+# - $\mathcal H_{perc}$ is the group's feature variance on a fixed ruler: affine in $v$, invariant as it should be, an entropy where calibrated. Nats per feature dimension.
+# - The kernel entropy needs a ruler of its own, set by how many neighbours it sees.
 # - Under GRPO its gradient is the variance's, times $\frac{K-2}K$.
 # - $R=-a\,e^{\mathcal H}+b$ is a description of a collapse under way, not a law of nature: exact theory for two modes is an arch.
 #
