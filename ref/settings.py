@@ -64,7 +64,7 @@ class Settings:
     clip: Annotated[float, Gt(0), Le(100)] = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
     advantage_clip: Annotated[float, Gt(0), Le(10**6)] = 5.0  # advantages are clipped to +- this
     std_normalize: bool = True  # divide advantages by the group's standard deviation
-    grad_clip: Annotated[float, Gt(0), Le(10**6)] = 1.0  # largest gradient norm
+    grad_clip: Annotated[float, Gt(0), Le(10**12)] = 1.0  # largest gradient norm
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay, once an optimiser step, of the averages that are saved; 0 is off
     target_diversity: Annotated[float, Gt(0), Lt(10)] | None = (
         None  # in place of a weight: the share of the base model's

@@ -45,7 +45,7 @@ def test_a_row_holds_the_paper_s_columns(kind, world, tmp_path):
 
 def test_rows_of_table_1_give_its_averages(capsys):
     """The paper's own rows: Norm.Avg and Overall as printed, to half a unit of the last digit."""
-    assert evaluate.main(["--table", DATA / "paper_table1.csv", "--form", "csv"]) == 0
+    assert evaluate.main(["--table", str(DATA / "paper_table1.csv"), "--form", "csv"]) == 0
     ours = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     with (DATA / "paper_table1.csv").open() as file:
         paper = list(csv.DictReader(file))
@@ -70,7 +70,7 @@ def test_a_table_leaves_empty_columns_out(tmp_path, capsys):
         ([], "give --model"),
         (["--model", "/nowhere/x", "--rewards", "jpeg", "--encoders"], "there is no folder /nowhere/x"),
         (["--model", "x", "--images-per-prompt", "1"], "images_per_prompt must be greater than or equal to 2, got 1"),
-        (["--table", "/nowhere/row.csv"], "No such file"),
+        (["--table", "/nowhere/row.csv"], "there is no file /nowhere/row.csv"),
     ],
 )
 def test_evaluation_names_what_is_wrong(arguments, message, capsys):

@@ -16,7 +16,7 @@ def test_all_notebooks_are_counted():
     """A notebook that is dropped, or not picked up, fails here."""
     numbers = [source.name[:2] for source in SOURCES]
     assert numbers == sorted(set(numbers)) and len(numbers) == len(list(FOLDER.glob("*.ipynb")))
-    assert numbers == [f"{n:02d}" for n in range(1, 8)]
+    assert numbers == [f"{n:02d}" for n in range(1, 9)]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)

@@ -74,6 +74,7 @@ class Encoder(nn.Module):
         self.name, self.micro_batch = name, micro_batch
         self.model = model
         self.eval().requires_grad_(False)
+        self._texts: dict[str, Tensor] = {}
         self._last = (lambda: None, None, None)  # weak reference to the images, their version, features
 
     @property
@@ -102,11 +103,14 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Float[Tensor, "B D"]:
-        """Unit-norm features of the prompts, float32. Raises ValueError when the model reads no text."""
-        distinct = list(dict.fromkeys(prompts))
-        parts = [distinct[i : i + self.micro_batch] for i in range(0, len(distinct), self.micro_batch)]
-        features = F.normalize(torch.cat([self.embed_text(part) for part in parts]).float(), dim=1)
-        return features[[distinct.index(prompt) for prompt in prompts]]
+        """Unit-norm features of the prompts, float32. Raises ValueError when the model reads no text.
+
+        Each prompt is read alone and once, so that its features do not depend on what it is asked with.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._texts:
+                self._texts[prompt] = F.normalize(self.embed_text([prompt]).float(), dim=1)[0]
+        return torch.stack([self._texts[prompt] for prompt in prompts])
 
 
 class Transformers(Encoder):

@@ -17,7 +17,8 @@ from ref.methods import METHODS, Group
 from ref.metrics import feature_variance
 from ref.perceptual import calibrate
 from ref.settings import Settings
-from ref import constraint, mixture, two_modes
+from ref import constraint
+from ref.worlds import mixture, two_modes
 
 Z = 5.5  # standard errors; two-sided normal tail 4e-8
 GAP, DISTANCE, H, K = 0.5, 2.0, 0.8, 8  # two modes

@@ -21,20 +21,24 @@ from ref.scale import checkpoint
 from ref.scale.processes import rank
 from ref.train import run
 
-from .tools import PROMPTS, gradients, launch
+from .tools import PROMPTS, gradients, launch, order_of_sums
 
 
 def options(world: Path, kind: str, **changes) -> Pipeline:
     return Pipeline(
         model=str(world / kind), reward=f"pickscore={world / 'clip'}", prompts=str(world / "train.txt"),
-        evaluation_prompts=str(world / "train.txt"), evaluation_steps=2, images_per_prompt=2, height=32, width=32,
-        max_sequence_length=16, lora_rank=0, cache_dir=world / "cache", **changes,
+        evaluation_prompts=str(world / "train.txt"), evaluation_steps=2, images_per_prompt=16, height=32, width=32,
+        max_sequence_length=16, lora_rank=0, decode_batch=16, cache_dir=world / "cache", **changes,
     )  # fmt: skip
 
 
 def small(preset: str, **changes):
-    """The gradient is clipped, its mean is over four micro-batches and two steps, and there are averages."""
-    values = dict(groups=4, group_size=3, updates=1, micro_batch=4, steps=3, grad_clip=0.05, ema=0.5, iterations=2)
+    """The gradient is clipped, its mean is over four micro-batches and two steps, and there are averages.
+
+    Every network sees batches of one size however many processes there are (16 samples, 16 images to decode, 32 to
+    encode): the same kernels on the same shapes, so that only the order in which gradients are added up differs.
+    """
+    values = dict(groups=4, group_size=16, updates=1, micro_batch=16, steps=3, grad_clip=0.05, ema=0.5, iterations=2)
     return dataclasses.replace(PRESETS[preset].settings, **values | changes)
 
 
@@ -106,13 +110,19 @@ def test_full_fine_tuning_in_parts_is_that_of_one_process(tmp_path):
     base = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "sd3" / "transformer").state_dict()
     one, two = saved("one", 1), saved("two", 1)
     expected, found = gradients(tmp_path / "one"), gradients(tmp_path / "two")
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    tolerance = order_of_sums(4 * 2, expected.abs().max().item())  # micro-batches x trained steps
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    # AdamW's first step is lr g / (|g| + 1e-8): a gradient known to +- tolerance leaves it known to the difference below
+    lr, grown = small("sd35_medium").lr, lambda g: g / (g + 1e-8)
+    size, eps = expected.abs(), torch.finfo(torch.float32).eps
+    unsure = (grown(size + tolerance) - grown((size - tolerance).clamp_min(0))).where(size > tolerance, 2.0)
     for kind in ("weights", "ema"):
         assert list(one[kind]) == list(two[kind])
-        for name, weight in one[kind].items():
-            torch.testing.assert_close(two[kind][name], weight, rtol=0, atol=1e-6)
+        a, b = (torch.cat([w.flatten() for w in run[kind].values()]) for run in (one, two))
+        assert ((a - b).abs() <= lr * unsure + 4 * eps * (a.abs() + lr)).all()  # and the step's own roundings
+        assert (unsure < 0.01).float().mean() > 0.5  # for most weights that is a hundredth of the step at most
         moved = max((w - base[name.removeprefix("transformer.")]).abs().max() for name, w in one[kind].items())
-        assert moved > 1e-4  # what 1e-6 is to be compared with
+        assert moved > 0.3 * lr
     history = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two", "half")]
     for mine, theirs in zip(*history[:2]):
         assert mine["ratio_error"] == theirs["ratio_error"] == 0

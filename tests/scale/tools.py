@@ -23,6 +23,15 @@ def launch(arguments: list[str]) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def order_of_sums(terms: int, size: float) -> float:
+    """By how much two sums in float32 of the same `terms` numbers can differ that are added up in another order.
+
+    A sum's error is at most (terms - 1) eps / 2 times the sum of its terms' sizes, in any order; so two differ by at
+    most terms * eps * terms * size, where no term is larger than `size`.
+    """
+    return terms * torch.finfo(torch.float32).eps * terms * size
+
+
 def gradients(folder: Path) -> torch.Tensor:
     """Those of the first optimiser step: AdamW's first moment after it is a tenth of them."""
     saved = torch.load(folder / "checkpoint-00000001.pt", weights_only=True)

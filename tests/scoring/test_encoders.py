@@ -113,7 +113,7 @@ def test_encoders_are_frozen_and_deterministic(encoders, images):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("picscore", "unknown encoder 'picscore'; choose pickscore, clip,"),
+        ("picscore", "unknown encoder 'picscore'; did you mean pickscore\\? choose pickscore, clip,"),
         ("open_clip", "unknown encoder"),
         ("open_clip:ViT-B-32/nowhere", "known for this model: openai, "),
         ("pickscore=/nowhere", "there is no folder /nowhere"),
