@@ -53,15 +53,15 @@ class Flux(TextToImage):
     def unshifted(self, steps: int) -> list[float]:
         return torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
 
-    def unpack(self, x: Float[Tensor, "B L 4C"]) -> Float[Tensor, "B C h w"]:
+    def unpack(self, x: Float[Tensor, "B L packed"]) -> Float[Tensor, "B C h w"]:
         from diffusers import FluxPipeline
 
         height, width = self.latent_size
         return FluxPipeline._unpack_latents(x, height, width, vae_scale_factor=1)
 
     def velocity(
-        self, x: Float[Tensor, "B L 4C"], sigma: Float[Tensor, ""] | float, conditioning: dict[str, Tensor]
-    ) -> Float[Tensor, "B L 4C"]:
+        self, x: Float[Tensor, "B L packed"], sigma: Float[Tensor, ""] | float, conditioning: dict[str, Tensor]
+    ) -> Float[Tensor, "B L packed"]:
         """v_theta in float32."""
         embeds = conditioning["prompt_embeds"]
         time = torch.ones((), device=x.device) * sigma
