@@ -4,7 +4,7 @@ Data are the 1,797 digits of scikit-learn (8 x 8 pixels, 17 grey levels; E. Alpa
 UCI repository, 1998), written by many hands, captioned "a handwritten seven". The model is a real
 `SD3Transformer2DModel` on the latents of a real `AutoencoderKL`, only small: 4 x 4 x 4 latents.
 
-    python -m ref.worlds.digits_base       # trains everything again into ref/worlds/weights/digits (minutes)
+    python -m ref.worlds.digits_base       # trains everything again, into outputs/digits_base (minutes)
 
 **Reward.** One writing style among the many in the data, legibly written, in [0, 1]:
 

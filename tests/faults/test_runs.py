@@ -35,6 +35,14 @@ TINY = ["--groups", "2", "--group-size", "4", "--updates", "1", "--steps", "4", 
 PEC = ["--preset", "mixture", "--method", "pec", *TINY]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C as a command has it: who runs the tests may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(folder, *extra, of=PEC) -> int:
     return exit_code(train.main, [*of, "--output-dir", folder, *extra])
 
