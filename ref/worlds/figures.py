@@ -316,6 +316,7 @@ def sparsemax_support(
         top.set(title=title, xscale="log", ylim=(-0.02, 1.03))
         bottom.set(xlabel="weight $\\lambda$", ylim=(0.5, len(reward) + 0.5), yticks=range(1, len(reward) + 1))
         bottom.grid(axis="y", color="#eeeeee")
+        bottom.xaxis.set_minor_formatter("")
     axes[0, 0].set_ylabel("share of each mode")
     axes[1, 0].set_ylabel("modes alive")
     for m, color in palette.items():
