@@ -36,10 +36,10 @@ def reduce(values: Float[Tensor, " B *latent"], reduction: str) -> Float[Tensor,
 def gaussian_log_prob(
     x: Float[Tensor, " B *latent"],
     mean: Float[Tensor, " B *latent"],
-    std: Float[Tensor, ""] | float,
+    std: Float[Tensor, "..."] | float,
     reduction: str = "mean",
 ) -> Float[Tensor, " B"]:
-    """log N(x; mean, std^2 I) in nats, std > 0.
+    """log N(x; mean, std^2 I) in nats, std > 0, a number or one for each sample [B, 1, ...].
 
     reduction "sum" is the joint log-density, "mean" is that divided by the dimension d.
     """

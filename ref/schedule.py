@@ -118,9 +118,7 @@ class FlowSchedule:
         """The positive step sizes sigma_i - sigma_{i+1}."""
         return self.sigmas[:-1] - self.sigmas[1:]
 
-    def mean(
-        self, x: Float[Tensor, " B *latent"], velocity: Float[Tensor, " B *latent"], i: int
-    ) -> Float[Tensor, " B *latent"]:
+    def mean(self, x: Float[Tensor, "*batch"], velocity: Float[Tensor, "*batch"], i: int) -> Float[Tensor, "*batch"]:
         """mu_i = a_i x + b_i v, the mean of x_{i+1} given x_i = x; float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return self._a[i] * x.to(dtype) + self._b[i] * velocity.to(dtype)
@@ -148,10 +146,10 @@ def variance_recursion(schedule: FlowSchedule, data_std: float) -> tuple[Float[T
     sigma = schedule.sigmas.double()
     V = (1 - sigma) ** 2 * data_std**2 + sigma**2
     slope = (sigma - (1 - sigma) * data_std**2) / V  # the exact velocity is slope x
-    one, ratio, amplification = torch.ones(1, dtype=torch.float64), [1.0], []
+    one, ratio, amplification = torch.ones((), dtype=torch.float64), [1.0], []
     for i in range(len(schedule)):
         if V[i + 1] == 0:
             raise ValueError("data of width 0 have no relative variance at sigma = 0; take data_std > 0")
-        amplification.append((schedule.mean(one, slope[i : i + 1], i) ** 2 * V[i] / V[i + 1]).item())
+        amplification.append((schedule.mean(one, slope[i], i) ** 2 * V[i] / V[i + 1]).item())
         ratio.append(amplification[i] * ratio[i] + (schedule.std[i].double() ** 2 / V[i + 1]).item())
     return torch.tensor(ratio, dtype=torch.float64), torch.tensor(amplification, dtype=torch.float64)

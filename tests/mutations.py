@@ -73,7 +73,7 @@ MUTATIONS = [
     ("mixture", "weights / weights.sum() @ replicator(p0, reward, torch.as_tensor(tau, dtype=p0.dtype)[..., None])", "replicator(weights / weights.sum() @ p0, reward, torch.as_tensor(tau, dtype=p0.dtype))", "P16"),
     ("mixture", "weights / weights.sum() @ replicator", "torch.ones(len(p0)).to(p0) / len(p0) @ replicator", "P16"),
     ("entropy", "return policy_entropy(schedule, dim)[schedule.steps[-1]]", "return policy_entropy(schedule, dim)[schedule.steps[0]]", "P17"),
-    ("schedule", "[i : i + 1], i) ** 2 * V[i] / V[i + 1]).item())", "[i : i + 1], i) ** 2).item())", "P18"),
+    ("schedule", "slope[i], i) ** 2 * V[i] / V[i + 1]).item())", "slope[i], i) ** 2).item())", "P18"),
     ("schedule", "slope = (sigma - (1 - sigma) * data_std**2) / V", "slope = (sigma - (1 - sigma) * data_std) / V", "P18"),
     ("schedule", "(schedule.std[i].double() ** 2 / V[i + 1])", "(schedule.std[i].double() ** 2 / V[i])", "P18"),
     ("presets", 'kind="dance_sde", noise_level=0.3', 'kind="dance_sde", noise_level=1.3', "P18"),

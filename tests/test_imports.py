@@ -23,6 +23,6 @@ def test_importing_ref_takes_little_beyond_torch():
     paths = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
     names = [".".join(path.parts) for path in paths if not path.stem.startswith("__")]
     assert len(names) > 45
-    plots = ["ref.figures", "ref.worlds.figures", "ref.compare"]
+    plots = ["ref.figures", "ref.worlds.figures", "ref.benchmark.figures", "ref.compare"]
     assert loaded_by([name for name in names if name not in plots]) == set()
     assert loaded_by(plots) == {"matplotlib"}  # it does see them

@@ -24,7 +24,9 @@ def test_the_tenth_method_example_runs(tmp_path, monkeypatch):
 def test_the_map_names_every_module():
     """ref/__init__.py names every module and wing beside it, and each wing's __init__.py every module of its own."""
     for folder in [ROOT / "ref", *(path.parent for path in (ROOT / "ref").glob("*/__init__.py"))]:
-        inside = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+        inside = {path.stem for path in folder.glob("*.py")} | {
+            path.parent.name for path in folder.glob("*/__init__.py")
+        }
         said = set(re.findall(r"\w+", (folder / "__init__.py").read_text()))
         assert inside - {"__init__", "__main__"} <= said, f"{folder.name}/__init__.py does not name {inside - said}"
 

@@ -46,4 +46,4 @@ def test_every_phase_is_measured():
 
 def test_too_few_rounds_are_refused():
     with pytest.raises(ValueError, match="repeats must be at least 3"):
-        benchmark(None, None, repeats=1)
+        benchmark(PRESETS["mixture"].task(), PRESETS["mixture"].settings, repeats=1)

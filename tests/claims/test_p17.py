@@ -7,10 +7,10 @@ import sympy
 import torch
 from scipy.integrate import quad
 
-from ref import figures
 from ref.entropy import entropy_floor, knn_entropy, path_entropy, policy_entropy
 from ref.policy import rollout
 from ref.schedule import KINDS, FlowSchedule, time_grid
+from ref.worlds import figures
 from ref.worlds.mixture import GaussianMixture
 
 Z = 5.5  # standard errors; two-sided normal tail 4e-8

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from ref import figures
 from ref.policy import rollout
 from ref.presets import PRESETS
 from ref.schedule import KINDS, FlowSchedule, time_grid, variance_recursion
+from ref.worlds import figures
 from ref.worlds.mixture import GaussianMixture
 
 Z = 5.5  # standard errors; two-sided normal tail 4e-8
@@ -138,14 +138,14 @@ def test_p18_presets():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     def of(preset, grid, **window):
-        recipe = PRESETS[preset][1]
+        recipe = PRESETS[preset].settings
         return FlowSchedule(grid.double(), recipe.kind, recipe.noise_level, **window), recipe.steps
 
     def worst(grid, s=1e-7):
         return variance_recursion(grid, s)[1][list(grid.steps)].max().item()
 
     for preset, shift in (("mixture", 1.0), ("digits", 1.0), ("flux_dev", 1.0), ("flux_dev", 1.8776), ("flux_dev_720", 3.0)):  # fmt: skip
-        grid, steps = of(preset, time_grid(PRESETS[preset][1].steps, shift))
+        grid, steps = of(preset, time_grid(PRESETS[preset].settings.steps, shift))
         assert worst(grid) < 1 and len(grid) == steps
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
-from ref import figures
+from ref import constraint
 from ref.grpo import advantages, start, train
 from ref.methods import METHODS, Group
 from ref.metrics import feature_variance
 from ref.perceptual import calibrate
 from ref.settings import Settings
-from ref import constraint
-from ref.worlds import mixture, two_modes
+from ref.worlds import figures, mixture, two_modes
 
 Z = 5.5  # standard errors; two-sided normal tail 4e-8
 GAP, DISTANCE, H, K = 0.5, 2.0, 0.8, 8  # two modes

@@ -59,7 +59,9 @@ def test_a_reward_that_returns_something_else_is_named(answer, word):
     def my_reward(images, prompts):
         return answer
 
-    with pytest.raises(ValueError, match=rf"^my_reward must return one number for each of the 6 images.*{word}") as error:
+    with pytest.raises(
+        ValueError, match=rf"^my_reward must return one number for each of the 6 images.*{word}"
+    ) as error:
         ask(my_reward, IMAGES, PROMPTS)
     assert "\n" not in str(error.value)
 
@@ -113,5 +115,15 @@ def test_an_unfrozen_network_costs_no_gradient_and_trains_the_policy_only():
 def test_a_group_of_two_is_warned_of_where_the_bonus_is_dead(method, space, warned, recwarn):
     model, settings = MixtureFlow(ring(3)), Settings(**{**vars(SMALL), "group_size": 2})
     reward = lambda images, prompts: images[:, 0]  # noqa: E731
-    next(train(model, [""] * 2, reward, coordinates, METHODS[method](space=space, clip=0.2), settings, start(model, settings)))
+    next(
+        train(
+            model,
+            [""] * 2,
+            reward,
+            coordinates,
+            METHODS[method](space=space, clip=0.2),
+            settings,
+            start(model, settings),
+        )
+    )
     assert any("group_size 2" in str(w.message) for w in recwarn) == warned

@@ -32,7 +32,9 @@ def refused(main, arguments) -> str:
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf", "x", "", "1e400", "--"])
-@pytest.mark.parametrize("option", ["lr", "noise-level", "clip", "advantage-clip", "grad-clip", "ema", "trained", "weight"])
+@pytest.mark.parametrize(
+    "option", ["lr", "noise-level", "clip", "advantage-clip", "grad-clip", "ema", "trained", "weight"]
+)
 def test_numbers_are_finite(option, bad, tmp_path):
     line = refused(train.main, [*MIXTURE, "--output-dir", tmp_path / "run", f"--{option}={bad}"])
     assert option in line.replace("_", "-")
@@ -108,7 +110,9 @@ def test_near_misses_are_suggested(arguments, meant, tmp_path):
 
 
 def test_a_method_without_a_weight_takes_none(tmp_path):
-    line = refused(train.main, ["--preset", "mixture", "--method", "flow_grpo", "--weight", 5, "--output-dir", tmp_path])
+    line = refused(
+        train.main, ["--preset", "mixture", "--method", "flow_grpo", "--weight", 5, "--output-dir", tmp_path]
+    )
     assert "weight" in line
     assert METHODS["flow_grpo"](0.0).weight == 0
 
@@ -125,8 +129,17 @@ def test_python_is_held_to_the_same_ranges():
         Settings(learning_rate=1e-3)
 
 
-VALUES = st.sampled_from(["", "0", "-1", "1e9", "nan", "None", "true", "ü", "a b", "[1]", "2", "0.5", "--", "'", "\\", "1_0"])
-NAMES = [f.name.replace("_", "-") for f in fields(Settings)] + ["weight", "space", "encoder", "save-every", "preset", "method"]
+VALUES = st.sampled_from(
+    ["", "0", "-1", "1e9", "nan", "None", "true", "ü", "a b", "[1]", "2", "0.5", "--", "'", "\\", "1_0"]
+)
+NAMES = [f.name.replace("_", "-") for f in fields(Settings)] + [
+    "weight",
+    "space",
+    "encoder",
+    "save-every",
+    "preset",
+    "method",
+]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
