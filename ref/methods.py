@@ -18,7 +18,6 @@ log-densities are per dimension. A language model's thresholds on covariances (1
 those, so fractions of pairs are the dials here, and covariances are centred per step, because the
 density's scale s_i is the step's. Omega_t, the paper's weight over steps, has mean 1: uniform by
 default (a reading), or proportional to the kernel's variance s_t^2 (`omega="variance"`).
-
 Adding a method takes one class and one line in METHODS.
 """
 
@@ -100,7 +99,7 @@ class FlowGRPO:
     clip    eps; 1e-4 because log-densities are means over dimensions.
     space   latent, perceptual or kernel, for methods that have a `default_space`.
 
-    Raises ValueError for a weight outside [0, `largest_weight`] (0: the method takes none), or a space that the method does not take.
+    Raises ValueError for a weight outside [0, `largest_weight`] (0: it takes none), or a space it does not take.
     """
 
     default_weight = 0.0
@@ -111,8 +110,8 @@ class FlowGRPO:
 
     def __init__(self, weight: float | None = None, clip: float = 1e-4, space: str | None = None):
         self.weight = self.default_weight if weight is None else weight
-        if not 0 <= self.weight <= self.largest_weight:
-            allowed = f"a number from 0 to {self.largest_weight:g}" if self.largest_weight else "left out"
+        if not 0 <= self.weight <= (most := self.largest_weight):
+            allowed = f"a number from 0 to {most:g}" if most else "left out"
             raise ValueError(f"the weight of {type(self).__name__} must be {allowed}, got {self.weight}")
         allowed = SPACES if self.default_space else ()
         if space is not None and space not in allowed:
@@ -124,8 +123,7 @@ class FlowGRPO:
         return group.reward[..., None].expand_as(group.policy_log_prob)
 
     def unit(self, reward_std: float, std_normalize: bool) -> float:
-        """What a weight of 1 is measured in: the reward's spread, for a term in the reward."""
-        return reward_std
+        return reward_std  # what a weight of 1 is measured in, for a term in the reward
 
     def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
         return torch.ones_like(advantages)
@@ -177,8 +175,7 @@ class EntropyReg(FlowGRPO):
     holds = True
 
     def unit(self, reward_std: float, std_normalize: bool) -> float:
-        """Its term stands beside the advantages: these have spread 1 where they are divided by the std."""
-        return 1.0 if std_normalize else reward_std
+        return 1.0 if std_normalize else reward_std  # it stands beside the advantages
 
     def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
         log_prob = group.omega * group.log_prob(self.space)

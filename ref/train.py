@@ -38,7 +38,7 @@ from tyro.conf import OmitArgPrefixes
 from ref.grpo import calibrate_on, start, train
 from ref.methods import METHODS, SPACES
 from ref.models.card import model_card
-from ref.options import Options, Pipeline, command, read
+from ref.options import Options, Pipeline, command, near, read
 from ref.presets import LARGE, PRESETS
 from ref.scale import checkpoint, directory
 from ref.scale.directory import Claim, Keeper, save_grid, write_json
@@ -130,7 +130,15 @@ def recorded(folder: Path) -> Run:
 def described(preset, method, weight, space, encoder, settings: Settings, options: Pipeline | None = None) -> dict:
     """What run.json says of a run. Raises ValueError for a weight or a space that the method does not take."""
     policy = METHODS[method](weight, clip=settings.clip, space=space)
-    what = {"preset": preset, "method": method, "weight": policy.weight, "space": policy.space, "encoder": encoder}
+    if (held := settings.target_diversity is not None) and weight is not None:
+        raise ValueError("a target diversity finds its weight by itself; give --weight or --target-diversity, not both")
+    what = {
+        "preset": preset,
+        "method": method,
+        "weight": None if held else policy.weight,
+        "space": policy.space,
+        "encoder": encoder,
+    }
     return what | ({"options": options.model_dump(mode="json")} if options else {}) | {"settings": asdict(settings)}
 
 
@@ -173,7 +181,7 @@ def run(
     choices = (("preset", preset, PRESETS), ("method", method, METHODS), ("tracker", log_with, TRACKERS))
     for kind, choice, table in choices:
         if choice not in table:
-            raise ValueError(f"unknown {kind} {choice!r}; choose one of {', '.join(table)}")
+            raise ValueError(f"unknown {kind} {choice!r}; {near(choice, table)}choose one of {', '.join(table)}")
     options, settings = options or PRESETS[preset].options, settings or PRESETS[preset].settings
     description = described(preset, method, weight, space, encoder, settings, options)
     habits = {"save_every": save_every, "evaluate_every": evaluate_every, "log_with": log_with}
@@ -263,9 +271,9 @@ def run(
 
 def tracker(name: str) -> str | None:
     """What `Accelerator` takes; it would leave a tracker that is not installed out without a word."""
-    from accelerate.tracking import get_available_trackers
+    from accelerate.tracking import get_available_trackers as available
 
-    if name != "none" and name not in [str(t.value) for t in get_available_trackers()]:
+    if name != "none" and name not in [str(t.value) for t in available()]:
         raise ValueError(f"{name} is not installed; pip install {name}, or choose another --log-with")
     return None if name == "none" else name
 
