@@ -61,7 +61,7 @@ MUTATIONS = [
     ("perceptual", "device=phi.device), -torch.inf)", "device=phi.device), 0.0)", "P12:counts P12:threshold"),
     ("perceptual", "deviations(phi).square().mean().item()", "deviations(phi).square().sum(-1).mean().item()", "P08 P12"),
     ("methods", "shape(group) - self.weight * group.omega * group.log_prob", "shape(group) + self.weight * group.omega * group.log_prob", "P09 P10 P11 P12:few P12:softmax P12:threshold"),  # PEC
-    ("methods", "kernel_log_prob if space ==", "perceptual_log_prob if space ==", "P12:softmax P12:threshold"),
+    ("methods", 'kernel_log_prob(self.features, own, "mean") * (own / self.bandwidth) ** 2', 'perceptual_log_prob(self.features, self.bandwidth, "mean")', "P12:softmax P12:threshold"),
     ("methods", 'self.bandwidth, "mean")', 'self.bandwidth, "sum")', "P09 P10 P11:trained"),
     ("methods", "group.log_prob(self.space) - group.policy_log_prob", "group.log_prob(self.space) + 7 * group.policy_log_prob", "P10:quadrature P10:signs"),  # PCVAE
     ("methods", "group.log_prob(self.space) - group.policy_log_prob", "group.log_prob(self.space)", "P10:quadrature"),
@@ -85,6 +85,13 @@ MUTATIONS = [
     ("constraint", "weight = max(0.0, weight + integral * lacking)", "weight = max(0.0, weight - integral * lacking)", "P19"),
     ("constraint", "return weight, max(0.0, weight + proportional * lacking)", "return weight, weight + proportional * lacking", "P19"),
     ("constraint", "lacking = (target - share) * reward_std", "lacking = target - share", "P19"),
+    ("two_modes", "math.expm1(-exponent) / (group_size - 1))", "math.expm1(-exponent) / group_size)", "P14"),
+    ("two_modes", "own + other * math.exp(-exponent)", "own + other * math.exp(exponent)", "P14"),
+    ("many_modes", "excess[size - 1] / size", "excess[size - 1] / (size + 1)", "P15"),
+    ("many_modes", "curvature = weight / bandwidth**2 * (group_size - 2)", "curvature = weight / bandwidth**2 * (group_size - 1)", "P15"),
+    ("many_modes", "shaped = reward + weight * bonus(", "shaped = reward - weight * bonus(", "P15"),
+    ("many_modes", "factor = group_size / (group_size - 2) if", "factor = group_size / (group_size - 1) if", "P15"),
+    ("many_modes", "(1 - alike).log() - feature_distance**2 / (2 * bandwidth**2)", "(1 - alike).log() - feature_distance**2 / bandwidth**2", "P15"),
 ]  # fmt: skip
 
 
