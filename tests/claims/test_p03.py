@@ -138,8 +138,8 @@ def test_p03_added_to_another_reward_the_zero_does_not_survive_normalisation():
 
     b = |eps|^2/2, d = 2, K = 4, R the angle of eps: independent of |eps|, neither odd nor even. Forward-mode
     derivatives against the formula: b and R are known to eps times their largest in the group, b - mean and the
-    standard deviation S no better; so 100 roundings of size max|b| (1 + max|R| / S)^2 / S
-    size is far above rounding and far below any mistake. Then z-scores, three comparisons (1.2e-7): centred
+    standard deviation S no better; so 100 roundings of size max|b| (1 + max|R| / S)^2 / S,
+    far below any mistake. Then z-scores, three comparisons (1.2e-7): centred
     advantages keep the zero, so does an odd R, the angle does not.
     """
     G, K = 100_000, 4
