@@ -60,7 +60,7 @@ SD3 = f"{TINY} sd35_medium --model {{tiny}}/sd3 --height 64 --width 64 --groups 
 FLUX = f"{TINY} flux_dev --model {{tiny}}/flux --height 64 --width 64 --groups 4 --group-size 12"
 RUN = "ref.train --preset digits --method flow_grpo --groups 8 --iterations 30 --output-dir {scratch}"
 COMMANDS = {
-    "digits": f"{DIGITS} --repeats 60",
+    "digits": f"{DIGITS} --repeats 30",
     "digits_micro_batch_12": f"{DIGITS} --micro-batch 12",
     "digits_steps_20": f"{DIGITS} --steps 20",
     "digits_window_8": f"{DIGITS} --window 8",
