@@ -109,8 +109,8 @@ class FlowGRPO:
     holds = False  # whether its weight can hold a diversity
 
     def __init__(self, weight: float | None = None, clip: float = 1e-4, space: str | None = None):
-        self.weight = self.default_weight if weight is None else weight
-        if not 0 <= self.weight <= (most := self.largest_weight):
+        self.weight, most = self.default_weight if weight is None else weight, self.largest_weight
+        if not 0 <= self.weight <= most:
             allowed = f"a number from 0 to {most:g}" if most else "left out"
             raise ValueError(f"the weight of {type(self).__name__} must be {allowed}, got {self.weight}")
         allowed = SPACES if self.default_space else ()
