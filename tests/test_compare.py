@@ -33,6 +33,7 @@ def test_a_runs_name_is_read_whole():
     "arguments, message",
     [
         (["--runs", "pec@pixels:1"], "got space 'pixels'"),
+        (["--runs", "pec:-1"], "the weight of PEC must be a number from 0"),
         (["--seeds", "0"], "seeds must be greater than or equal to 1, got 0"),
     ],
 )
