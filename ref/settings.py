@@ -40,7 +40,8 @@ def one_line(error: dict) -> str:
         return f"there is no option {name}"
     if error["type"] in ("missing", "missing_keyword_only_argument"):
         return f"{name} is missing"
-    return f"{error['msg'].replace('Input should', f'{name} must', 1)}, got {error['input']!r}"
+    said = error["msg"].replace("Input should", f"{name} must", 1)
+    return f"{said if said.startswith(name) else f'{name}: {said}'}, got {error['input']!r}"
 
 
 @in_one_line
