@@ -7,10 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ref.methods import Group
 from ref.perceptual import (
     calibrate,
+    calibrate_kernel,
     fit_entropy_law,
     kernel_log_prob,
+    neighbours,
     perceptual_entropy,
     perceptual_log_prob,
 )
@@ -64,3 +67,36 @@ def test_entropy_law_recovers_its_own_coefficients(rng):
     oracle = scipy.stats.linregress(entropy.exp(), noisy)
     law = fit_entropy_law(entropy, noisy)
     assert (-law.a, law.b, law.r2) == pytest.approx((oracle.slope, oracle.intercept, oracle.rvalue**2))
+
+
+@pytest.mark.parametrize("D", [2, 32, 768])
+def test_the_kernel_has_the_neighbours_asked_for_in_any_dimension(D):
+    """The mean over samples is a quarter of the others, to the bisection's 1e-9 in log h; any scale of phi."""
+    phi = torch.randn(8, 24, D, dtype=torch.float64, generator=torch.Generator().manual_seed(D))
+    for scale in (1.0, 1e-3, 50.0):
+        h = calibrate_kernel(scale * phi)
+        assert neighbours(scale * phi, h).mean().item() == pytest.approx(0.25 * 23, abs=1e-6)
+    assert calibrate_kernel(3 * phi) == pytest.approx(3 * calibrate_kernel(phi), rel=1e-8)
+    if D == 768:  # the Gaussian's own bandwidth leaves a sample its nearest neighbour alone
+        assert neighbours(phi, calibrate(phi)).mean() < 1.3
+
+
+def test_neighbours_count_by_hand():
+    """Far fewer than all: three in one place and one far off have two neighbours each; the far one all three."""
+    phi = torch.tensor([[[0.0], [0.0], [0.0], [100.0]]], dtype=torch.float64)
+    assert neighbours(phi, 1.0)[0].tolist() == pytest.approx([2, 2, 2, 3])
+
+
+def test_a_wide_kernel_pays_what_pec_pays():
+    """In PEC's units: as h_K grows, -log p of the kernel differs from PEC's bonus by what all samples share.
+
+    mean_j ||phi_k - phi_j||^2 = K / (K - 1) (||phi_k - m||^2 + v), so the factor is K / (K - 1). The next term of the
+    expansion is (d^2 / 2 h_K^2)^2, 1e-8 here.
+    """
+    K, phi = 6, torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h, zero = calibrate(phi), torch.zeros(3, K, 1, dtype=torch.float64)
+    group = Group(zero[..., 0], phi, h, zero, torch.ones(1, dtype=torch.float64), None, kernel=1e4 * h)
+    kernel, gaussian = (
+        values - values.mean(1, keepdim=True) for values in map(group.log_prob, ("kernel", "perceptual"))
+    )
+    torch.testing.assert_close(kernel, K / (K - 1) * gaussian, rtol=1e-6, atol=1e-6)
