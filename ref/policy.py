@@ -92,13 +92,15 @@ def rollout(
     generator: torch.Generator | None = None,
     reduction: str = "mean",
     eps: Float[Tensor, "N B *latent"] | None = None,
+    steps: range | None = None,
 ) -> Trajectory:
     """Sample the policy from x_0 = noise to x_N. `velocity(x, sigma)` gets a 0-d sigma.
 
-    The steps' noise is `eps` where it is given, else drawn from `generator`.
+    The steps' noise is `eps` where it is given, else drawn from `generator`. `steps` walks a part of the way only,
+    from `noise` = x_i of its first step i.
     """
     x, states, means, log_probs = noise, [noise], [], []
-    for i in range(len(schedule)):
+    for i in range(len(schedule)) if steps is None else steps:
         x, mean = sde_step(schedule, x, velocity(x, schedule.sigmas[i]), i, generator, None if eps is None else eps[i])
         states.append(x)
         if i in schedule.steps:

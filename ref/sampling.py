@@ -77,6 +77,11 @@ def sample(
 
     layout lists the micro-batches (default: one); groups the numbers of the prompts' groups (0, 1, ...);
     lap("encode"), lap("sample") and lap("decode") are called when these are done.
+
+    With same_noise the members of a group are one until the first stochastic step: one walks for all, as many groups
+    at once as a micro-batch has samples. Where these passes have the shape that the members' own would have (groups a
+    multiple of the micro-batch) the states are the same to the bit; another shape may be another kernel's, which
+    rounds otherwise.
     """
     repeated = [p for p in prompts for _ in range(group_size)]
     conditioning = model.encode(prompts)
@@ -87,13 +92,24 @@ def sample(
     )
     if same_noise:
         noise[0] = noise[0, :, :1]
-    noise, device, parts = noise.flatten(1, 2), next(iter(conditioning.values())).device, []
-    for rows in layout or [torch.arange(len(repeated))]:
-        part = {name: value[rows // group_size] for name, value in conditioning.items()}
-        eps = noise[:, rows].to(device)
-        path = rollout(lambda x, sigma: model.velocity(x, sigma, part), schedule, eps[0], eps=eps[1:])
-        parts.append((path.x.cpu(), path.mean.cpu(), path.log_prob.cpu()))
-    trajectory = Trajectory(*(torch.cat(values, 1) for values in zip(*parts)), schedule.steps)
+    layout, device = layout or [torch.arange(len(repeated))], next(iter(conditioning.values())).device
+    together = min(schedule.steps, default=0) if same_noise else 0
+
+    def walk(rows: Tensor, each: int, x: Tensor, steps: range, eps: Tensor | None = None) -> Trajectory:
+        part = {name: value[rows // each] for name, value in conditioning.items()}
+        velocity = lambda x, sigma: model.velocity(x, sigma, part)  # noqa: E731
+        path = rollout(velocity, schedule, x.to(device), eps=None if eps is None else eps.to(device), steps=steps)
+        return Trajectory(path.x.cpu(), path.mean.cpu(), path.log_prob.cpu(), path.steps)
+
+    before = noise[:1].flatten(1, 2)  # states up to the one from which every sample goes its own way
+    if together:
+        groups_at_once = torch.arange(len(prompts)).split(max(map(len, layout)))
+        before = torch.cat([walk(g, 1, noise[0, g, 0], range(together)).x for g in groups_at_once], 1)
+        before = before.repeat_interleave(group_size, 1)
+    eps, alone = noise[1:].flatten(1, 2), range(together, len(schedule))
+    paths = [walk(rows, group_size, before[-1, rows], alone, eps[:, rows]) for rows in layout]
+    x, mean, log_prob = (torch.cat(values, 1) for values in zip(*((p.x, p.mean, p.log_prob) for p in paths)))
+    trajectory = Trajectory(torch.cat([before[:-1], x]), mean, log_prob, schedule.steps)
     lap("sample")
     images = model.decode(trajectory.x[-1].to(device)).cpu()
     lap("decode")

@@ -59,7 +59,7 @@ class Settings:
     noise_level: Annotated[float, Gt(0), Le(100)] = 0.7  # eta of the kernel; at most 1 for cps
     window: Annotated[int, Ge(1)] | None = None  # train only this many consecutive steps, placed anew each iteration
     trained: Annotated[float, Gt(0), Le(1)] = 1.0  # train this share of the steps, from the noise on (DanceGRPO 0.6)
-    same_noise: bool = False  # the members of a group start from the same x_0 (DanceGRPO)
+    same_noise: bool = False  # a group starts from one x_0 (DanceGRPO), and walks as one until the window
     lr: Annotated[float, Gt(0), Le(10)] = 3e-4  # AdamW's learning rate
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: falling to 0 at the last iteration
     clip: Annotated[float, Gt(0), Le(100)] = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
