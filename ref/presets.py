@@ -80,14 +80,22 @@ class Task:
         } | {name: f(images.flatten(0, 1), repeated) for name, f in self.measures.items()}, images.flatten(0, 1)
 
 
-def chosen(table: dict[str, Callable], encoder: str | None) -> Callable:
-    """The encoder of that name, the first of the table by default. Raises ValueError for an unknown name."""
+def chosen(table: dict[str, Callable], encoder: str | Callable | None) -> Callable:
+    """The encoder of that name, the first of the table by default, or one's own. Raises ValueError for an unknown name."""
+    from ref.scoring.own import ENCODER, is_own, load_own
+
+    if callable(encoder):
+        return encoder
+    if encoder and is_own(encoder):
+        return load_own(encoder, ENCODER)
     if encoder is not None and encoder not in table:
-        raise ValueError(f"unknown encoder {encoder!r}; {near(encoder, table)}this preset has {', '.join(table)}")
+        raise ValueError(
+            f"unknown encoder {encoder!r}; {near(encoder, table)}this preset has {', '.join(table)}, or FILE.py:NAME"
+        )
     return table[encoder or next(iter(table))]
 
 
-def digits(encoder: str | None = None) -> Task:
+def digits(encoder: str | Callable | None = None) -> Task:
     """Ten captions; measured, whatever phi is, in all the perceptual spaces of digits.py."""
     from ref.worlds import digits
 
@@ -111,7 +119,7 @@ def grouped(features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return features.unflatten(0, (len(set(prompts)), -1))
 
 
-def mixture(encoder: str | None = None) -> Task:
+def mixture(encoder: str | Callable | None = None) -> Task:
     """Six modes on a ring, from reward 0 to 1; features are directions, so they are bounded."""
     from ref.worlds.mixture import MixtureFlow, effective_modes, ring, tilted
 
@@ -122,8 +130,8 @@ def mixture(encoder: str | None = None) -> Task:
     return Task(MixtureFlow(world), [""] * 32, reward, directions, {"effective_modes": modes})
 
 
-def text_to_image(encoder: str | None, options: Pipeline) -> Task:
-    """A pipeline of models/load.py, a reward and an encoder by name (phi is PickScore by default), prompts from files.
+def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Callable | None = None) -> Task:
+    """A pipeline of models/load.py, reward and encoder by name or one's own (phi: PickScore), prompts from files.
 
     What reward and encoder have in common is loaded, and computed, once. Names, and what the reward demands of prompts,
     are checked before anything is.
@@ -139,18 +147,20 @@ def text_to_image(encoder: str | None, options: Pipeline) -> Task:
         evaluation = training[:: -(-len(training) // MOST_EVALUATED)]
     else:
         evaluation = read_prompts(options.evaluation_prompts or "evaluation")
-    check_name(encoder or "pickscore")
-    check_prompts(options.reward, training + evaluation)
+    if not callable(encoder):
+        check_name(encoder or "pickscore")
+    if not reward:
+        check_prompts(options.reward, training + evaluation)
     device = PartialState().device  # this process's GPU; "cpu:0" among several processes on the CPU
     device = torch.device("cpu") if device.type == "cpu" else device
     elsewhere = {"memory", "model", "reward", "prompts", "evaluation_prompts", "evaluation_steps", "images_per_prompt"}
     adapter = options.model_dump(exclude=elsewhere) | {"lora_rank": options.lora_rank or None}
     model = load(options.model, training + evaluation, device=device, **adapter)
-    phi = load_encoder(encoder or "pickscore", device)
+    phi = encoder if callable(encoder) else load_encoder(encoder or "pickscore", device)
     return Task(
         model,
         training,
-        load_reward(options.reward, device, encoders=[phi]),
+        reward or load_reward(options.reward, device, encoders=[phi]),
         phi,
         evaluation=evaluation,
         evaluation_steps=options.evaluation_steps,
@@ -168,8 +178,17 @@ class Preset:
     options: Pipeline | None = None  # of the large ones
     variants: dict[int, dict] = field(default_factory=dict)  # GPU's memory in GB: what it changes; the table above
 
-    def task(self, encoder: str | None = None, options: Pipeline | None = None) -> Task:
-        return self.build(encoder) if self.options is None else self.build(encoder, options or self.options)
+    def task(
+        self,
+        encoder: str | Callable | None = None,
+        options: Pipeline | None = None,
+        reward: Callable | None = None,
+    ) -> Task:
+        """The task, with an encoder and a reward of one's own in the place of the preset's."""
+        if self.options is None:
+            task = self.build(encoder)
+            return replace(task, reward=reward or task.reward)
+        return self.build(encoder, options or self.options, reward)
 
     def within(self, memory: int | None, options: Pipeline | None, settings: Settings) -> tuple:
         """Options and settings as they are for a GPU of `memory` GB. Raises ValueError where there is no variant."""

@@ -151,18 +151,18 @@ def ask(network: Callable, images: Float[Tensor, "B ..."], prompts: list[str], f
     try:
         values = torch.as_tensor(said).detach()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name(network)} must return {wanted}; it returned a {type(said).__name__}") from None
+        raise ValueError(f"{name_of(network)} must return {wanted}; it returned a {type(said).__name__}") from None
     if values.shape == (B, 1) and not features:
         values = values[:, 0]
     if values.shape[:1] != (B,) or values.ndim != 1 + features or values.is_complex() or not values.numel():
-        raise ValueError(f"{name(network)} must return {wanted}; it returned {list(values.shape)}, {values.dtype}")
+        raise ValueError(f"{name_of(network)} must return {wanted}; it returned {list(values.shape)}, {values.dtype}")
     if images._version != version:
-        raise ValueError(f"{name(network)} changed the images in place; give it a copy to write on")
+        raise ValueError(f"{name_of(network)} changed the images in place; give it a copy to write on")
     values = values.float()
     bad = ~values.view(B, -1).isfinite().all(1)
     if bad.any():
         place = bad.nonzero()[0, 0]
-        raise ValueError(f"{name(network)} returned a NaN or infinite value for the prompt {prompts[place]!r}")
+        raise ValueError(f"{name_of(network)} returned a NaN or infinite value for the prompt {prompts[place]!r}")
     return values
 
 
@@ -172,6 +172,6 @@ def scores(network: Callable, samples: Samples, share: Share, features: bool = F
     return share.gather(values.unflatten(0, (len(share.mine), -1)))
 
 
-def name(network) -> str:
+def name_of(network) -> str:
     """How messages call a reward model or encoder."""
     return getattr(network, "name", None) or getattr(network, "__name__", type(network).__name__)

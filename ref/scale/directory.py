@@ -55,7 +55,7 @@ def read_record(
         raise unreadable(path, " ".join(str(error).split())) from None
     if not isinstance(record, dict):
         raise unreadable(path, f"it holds a {type(record).__name__}, not an object")
-    known = {"preset", "method", "weight", "space", "encoder", "settings", "options", *HABITS}
+    known = {"preset", "method", "weight", "space", "encoder", "reward", "settings", "options", *HABITS}
     for name in record:
         if name not in known:
             raise unreadable(path, f"there is no option {name}")

@@ -11,6 +11,7 @@
 | `siglip`                      | google/siglip-so400m-patch14-384        | pooled by its attention head    | no   |
 | `hpsv2`                       | xswu/HPSv2, open_clip ViT-H-14          | projected image embedding       | yes  |
 | `open_clip:MODEL/PRETRAINED`  | as open_clip lists them                 | projected image embedding       | yes  |
+| `FILE.py:NAME`                | a function of one's own, see own.py     | what it returns                 |      |
 
 `NAME=SOURCE` takes the weights from a local folder or another hub repository of the same kind, for
 example `pickscore=/models/PickScore_v1` or `open_clip=/models/mine` (with its open_clip_config.json).
@@ -25,7 +26,7 @@ depend on the batch: micro-batches bound the memory and each image stands for it
 
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from ref.models.hub import damaged, hub_errors, quiet
 from ref.options import near
 from ref.scale.memory import ended
 from ref.scale.textfiles import read_json
+from ref.scoring.own import ENCODER, find_own, is_own, load_own
 
 HUB = {
     "pickscore": "yuvalkirstain/PickScore_v1",
@@ -270,14 +272,17 @@ def open_clip_encoder(name: str, source: str | None, dtype: torch.dtype) -> Open
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError for a name that no encoder has; nothing is loaded."""
+    """Raises ValueError for a name that no encoder has, as `find_own` for FILE.py:NAME; no weights are loaded."""
+    if is_own(name):
+        find_own(name, ENCODER)
+        return
     word, _, source = name.partition("=")
     if word not in HUB and not word.startswith("open_clip:") and not (word == "open_clip" and source):
         guess = near(word, [*HUB, "open_clip"])
-        raise ValueError(f"unknown encoder {name!r}; {guess}choose {', '.join(HUB)}, open_clip:MODEL/PRETRAINED, or NAME=FOLDER")  # fmt: skip
+        raise ValueError(f"unknown encoder {name!r}; {guess}choose {', '.join(HUB)}, open_clip:MODEL/PRETRAINED, NAME=FOLDER or FILE.py:NAME")  # fmt: skip
 
 
-def load_encoder(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
+def load_encoder(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Callable:
     """The encoder called `name`: a row of the table above, or NAME=SOURCE.
 
     dtype is that of weights and activations; features are float32. bfloat16 is good enough for phi, but its
@@ -287,6 +292,8 @@ def load_encoder(name: str, device: torch.device | str = "cpu", dtype: torch.dty
     names the model and the remedy when weights cannot be had (gated, missing, no network).
     """
     check_name(name)
+    if is_own(name):
+        return load_own(name, ENCODER)
     word, _, source = name.partition("=")
     source = source or HUB.get(word)
     make = open_clip_encoder if word.startswith("open_clip") or word == "hpsv2" else transformers_encoder

@@ -10,10 +10,13 @@
 | `unified_reward` | mean of the alignment, coherence and style that a VLM server replies | 1 .. 5      |
 | `ocr`            | 1 - edit distance between the prompt's quoted text and what is read  | 0 .. 1      |
 | `jpeg`           | 1 - bytes of the JPEG (quality 95) / bytes of the raw pixels         | up to 1     |
+| `FILE.py:NAME`   | a function of one's own, see own.py                                  | its own     |
+| `http://...`     | a server of one's own, see served.py                                 | its own     |
 
 A specification names one or a weighted sum, NAME[:WEIGHT][=SOURCE], joined by "+":
 
     pickscore        pickscore:0.7+ocr:0.3        clip_score=clip        hpsv2:0.5=/models/HPSv2+jpeg
+    my_file.py:my_reward:0.5+ocr:0.5              http://localhost:8000/score:0.5+jpeg
 
 SOURCE is a local folder or hub repository in place of the default; for `clip_score` it is the name of an
 encoder (encoders.py), for `unified_reward` the address of its server.
@@ -26,18 +29,20 @@ image rounded to 8 bits. An image with a NaN scores NaN, and whoever asked is to
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ref.options import near
-from ref.sampling import ask
+from ref.sampling import ask, name_of
 from ref.scoring.encoders import Encoder, find, load_encoder, one_line
+from ref.scoring.own import REWARD, find_own, is_own, load_own
 from ref.scoring.preference import Aesthetic, Cosine
 from ref.scoring.reward import Reward
 from ref.scoring.rules import JPEG, OCR
+from ref.scoring.served import HTTPReward
 
 DFN5B = "open_clip:ViT-H-14-378-quickgelu/dfn5b"
 AESTHETIC_FILE = "aesthetic_predictor_v2_5.pth"
@@ -47,13 +52,9 @@ AESTHETIC_URL = f"https://github.com/discus0434/aesthetic-predictor-v2-5/raw/mai
 class WeightedSum(Reward):
     """sum_i w_i R_i. Raises ValueError naming the component and the prompt when one returns a NaN."""
 
-    def __init__(self, terms: list[tuple[float, Reward]]):
-        super().__init__(" + ".join(f"{weight:g} {reward.name}" for weight, reward in terms))
-        self.weights, self.rewards = [weight for weight, _ in terms], nn.ModuleList(reward for _, reward in terms)
-
-    def check_prompts(self, prompts: list[str]) -> None:
-        for reward in self.rewards:
-            reward.check_prompts(prompts)
+    def __init__(self, terms: list[tuple[float, Callable]]):
+        super().__init__(" + ".join(f"{weight:g} {name_of(reward)}" for weight, reward in terms))
+        self.weights, self.rewards = zip(*terms)
 
     def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         values = [ask(reward, images, prompts) for reward in self.rewards]
@@ -110,23 +111,36 @@ REWARDS = {
 }
 
 
+FORMS = (  # of a term; digits behind a host are its port
+    r"(?P<name>.+?\.py:\w+)(:(?P<weight>[^:=]*))?(?P<source>)",
+    r"(?P<name>https?://(\[[^]]*\]|[^/:]+)(:\d+)?(/.*?)?)(:(?P<weight>[^:/]*))?(?P<source>)",
+    r"(?P<name>\w+)(:(?P<weight>[^=]*))?(=(?P<source>.+?))?",
+)
+
+
 def parse(specification: str) -> list[tuple[float, str, str | None]]:
     """(weight, name, source) of every term. Raises ValueError for a name or weight that is not understood."""
     terms = []
     for term in specification.split("+"):
-        parsed = re.fullmatch(r"\s*(\w+)(?::([^=]*))?(?:=(.+?))?\s*", term)
-        if not parsed or parsed[1] not in REWARDS:
-            guess = near(parsed[1] if parsed else term.strip(), REWARDS)
-            raise ValueError(f"unknown reward {term.strip()!r}; {guess}write NAME[:WEIGHT][=SOURCE], NAME one of {', '.join(REWARDS)}")  # fmt: skip
-        name, weight, source = parsed.groups()
+        parsed = next(filter(None, (re.fullmatch(rf"\s*{form}\s*", term) for form in FORMS)), None)
+        name, weight, source = parsed.group("name", "weight", "source") if parsed else (term.strip(), None, None)
+        if maker(name) is None:
+            raise ValueError(f"unknown reward {term.strip()!r}; {near(name, REWARDS)}write NAME[:WEIGHT][=SOURCE], NAME one of {', '.join(REWARDS)}, FILE.py:NAME or http://...")  # fmt: skip
         try:
             weight = 1.0 if weight is None else float(weight)
         except ValueError:
             weight = float("nan")
         if not math.isfinite(weight):
             raise ValueError(f"the weight of {name} must be a number, as in {name}:0.5, got {term.strip()!r}")
-        terms.append((weight, name, source))
+        terms.append((weight, name, source or None))
     return terms
+
+
+def maker(name: str) -> Callable | None:
+    """(name, source, encoder by name, device, dtype) -> reward, None for an unknown name."""
+    if is_own(name):
+        return lambda name, *_: load_own(name, REWARD)
+    return HTTPReward if name.startswith(("http://", "https://")) else REWARDS.get(name)
 
 
 def check_prompts(specification: str, prompts: list[str]) -> None:
@@ -135,15 +149,16 @@ def check_prompts(specification: str, prompts: list[str]) -> None:
     Nothing is loaded for it.
     """
     for _, name, _ in parse(specification):
-        getattr(REWARDS[name], "check_prompts", Reward.check_prompts)(prompts)
+        asked = find_own(name, REWARD) if is_own(name) else maker(name)
+        getattr(asked, "check_prompts", Reward.check_prompts)(prompts)
 
 
 def load_reward(
     specification: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    encoders: Iterable[Encoder] = (),
-) -> Reward:
+    encoders: Iterable[Callable] = (),
+) -> Callable:
     """The reward that `specification` names (see the top of this file).
 
     encoders    loaded already, phi for example: a reward that needs one of the same name shares it, and with
@@ -153,14 +168,12 @@ def load_reward(
     Raises ValueError for a name or weight that is not understood, OSError with one line for a model that
     cannot be had or a server that does not answer.
     """
-    pool = {encoder.name: encoder for encoder in encoders}
+    pool = {getattr(encoder, "name", None): encoder for encoder in encoders}
 
     def encoder(name: str) -> Encoder:
         if name not in pool:
             pool[name] = load_encoder(name, device, dtype)
         return pool[name]
 
-    terms = [
-        (weight, REWARDS[name](name, source, encoder, device, dtype)) for weight, name, source in parse(specification)
-    ]
+    terms = [(w, maker(name)(name, source, encoder, device, dtype)) for w, name, source in parse(specification)]
     return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else WeightedSum(terms)

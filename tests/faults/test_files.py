@@ -23,7 +23,8 @@ from ref.scoring import load as rewards
 from ref.scoring.encoders import load_encoder
 from ref.scoring.image_reward import HUB
 from ref.scoring.rules import quoted
-from ref.scoring.unified_reward import UnifiedReward, nearby
+from ref.scoring.served import nearby
+from ref.scoring.unified_reward import UnifiedReward
 
 from ..tools import DATA, exit_code, refusal
 
