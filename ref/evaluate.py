@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ref import metrics
-from ref.models.hub import hub_errors, locate
+from ref.models.hub import locate
 from ref.models.lora import attach, find
 from ref.models.prompts import read_prompts
 from ref.options import Options, Pixels, command, near, read
@@ -68,12 +68,7 @@ def load_pipeline(model: str, lora: str | None, device: str):
 
     Raises OSError or ValueError in one line with the remedy.
     """
-    from diffusers import DiffusionPipeline
-
-    source = locate(model)
-    with hub_errors(source.model):
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        pipe = DiffusionPipeline.from_pretrained(source.model, dtype=dtype)
+    pipe = locate(model).whole(torch.float32 if device == "cpu" else torch.bfloat16)
     if lora is not None:
         attach(pipe, lora)
     pipe.set_progress_bar_config(disable=True)

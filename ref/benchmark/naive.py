@@ -34,10 +34,7 @@ def text_encoders(model) -> Callable[[str], dict[str, Tensor]]:
     cache = model.encode
     if not isinstance(cache, PromptEmbeddings):
         return lambda prompt: cache([prompt])
-    import diffusers
-
-    pipeline = getattr(diffusers, cache.source.pipeline)
-    text = pipeline.from_pretrained(cache.source.model, transformer=None, vae=None, dtype=cache.dtype).to(cache.device)
+    text = cache.source.whole(cache.dtype, transformer=None, vae=None).to(cache.device)
     names = ("prompt_embeds", "pooled_prompt_embeds")
 
     @torch.no_grad()

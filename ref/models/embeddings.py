@@ -21,7 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from ref.models.hub import Source, hub_errors
+from ref.models.hub import Source
 from ref.scale.checkpoint import atomic_write
 from ref.scale.memory import out_of_memory
 
@@ -99,14 +99,9 @@ class PromptEmbeddings:
 
     @torch.no_grad()
     def compute(self, prompts: list[str]) -> None:
-        import diffusers
-
-        pipeline = getattr(diffusers, self.source.pipeline)
         remedy = "encode the prompts on a larger GPU or on the CPU once: they stay in the cache"
         with out_of_memory("while encoding the prompts", remedy):
-            with hub_errors(self.source.model):
-                text = pipeline.from_pretrained(self.source.model, transformer=None, vae=None, dtype=self.dtype)
-            text = text.to(self.device)
+            text = self.source.whole(self.dtype, transformer=None, vae=None).to(self.device)
             for prompt in tqdm(prompts, "prompt embeddings", disable=len(prompts) < 20):
                 embeds, pooled = self.encode(text, prompt, self.max_sequence_length)
                 tensors = {"prompt_embeds": embeds[0].contiguous(), "pooled_prompt_embeds": pooled[0].contiguous()}

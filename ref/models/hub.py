@@ -7,7 +7,7 @@ the way (no such model, no access, no network) into one line with its remedy.
 import hashlib
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ref.options import near
@@ -97,18 +97,33 @@ class Source:
     model: str  # folder or hub id, as `from_pretrained` takes it
     pipeline: str  # name of its diffusers class
     identity: str  # of its text encoders: a hub commit, or a digest of local files
+    parts: dict[str, tuple] = field(default_factory=dict)  # of its index: name -> (library, class), some of them None
 
     def component(self, cls, name: str, **options):
         """One part of the pipeline, from its subfolder."""
         from diffusers import ModelMixin
+        from transformers import PreTrainedModel
 
         with quiet(), hub_errors(self.model, name):  # missing weights are refused here, not warned of
-            if not issubclass(cls, ModelMixin):
+            if not issubclass(cls, ModelMixin | PreTrainedModel):
                 return cls.from_pretrained(self.model, subfolder=name, **options)
             network, report = cls.from_pretrained(self.model, subfolder=name, output_loading_info=True, **options)
-            if report["missing_keys"]:  # diffusers draws them at random
+            if report["missing_keys"]:  # the libraries draw them at random
                 raise ValueError(f"it lacks the weight {min(report['missing_keys'])}")
             return network
+
+    def whole(self, dtype, **without):
+        """The pipeline, its networks checked by `component`; `without` names parts that are None."""
+        import diffusers
+        import transformers
+
+        found = dict(without)
+        for name, (library, kind) in self.parts.items():
+            cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind or "", None)
+            if name not in without and isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin | transformers.PreTrainedModel):  # fmt: skip
+                found[name] = self.component(cls, name, dtype=dtype)
+        with quiet(), hub_errors(self.model):
+            return diffusers.DiffusionPipeline.from_pretrained(self.model, dtype=dtype, **found)
 
     def config(self, cls, name: str) -> dict:
         """A part's configuration, without its weights."""
@@ -162,8 +177,9 @@ def locate(model: str | Path) -> Source:
     pipeline = contents.get("_class_name")
     if not isinstance(pipeline, str):
         raise ValueError(f"{index} names no pipeline (_class_name); fetch the file again")
+    parts = {name: tuple(value) for name, value in contents.items() if isinstance(value, list) and len(value) == 2}
     if folder.is_dir():  # the headers of all its files, before the first is loaded
-        for part in (name for name, value in contents.items() if isinstance(value, list)):
+        for part in parts:
             if reason := damaged(folder / part):
                 raise OSError(f"{reason}; fetch the file again")
-    return Source(model, pipeline, identity)
+    return Source(model, pipeline, identity, parts)

@@ -109,6 +109,7 @@ REWARDS = {
     "ocr": OCR,
     "jpeg": JPEG,
 }
+RULES = (OCR, JPEG)
 
 
 FORMS = (  # of a term; digits behind a host are its port
@@ -132,6 +133,10 @@ def parse(specification: str) -> list[tuple[float, str, str | None]]:
             weight = float("nan")
         if not math.isfinite(weight):
             raise ValueError(f"the weight of {name} must be a number, as in {name}:0.5, got {term.strip()!r}")
+        if weight == 0:
+            raise ValueError(f"{term.strip()!r} has the weight 0 and would be computed for nothing; leave {name} out")
+        if source and REWARDS.get(name) in RULES:
+            raise ValueError(f"{name} is a rule and loads nothing; write {name} without ={source}")
         terms.append((weight, name, source or None))
     return terms
 

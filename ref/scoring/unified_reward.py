@@ -3,9 +3,13 @@
     pip install vllm        # in an environment of its own
     vllm serve CodeGoat24/UnifiedReward-2.0-qwen3vl-8b --max-model-len 8192 --port 8080
 
+vLLM takes 90 % of its GPU's memory unless it is told otherwise: give it a GPU of its own (CUDA_VISIBLE_DEVICES=7), or
+`--gpu-memory-utilization 0.3` where it shares one with the training, which then has the rest.
+
 Version 2 judges alignment with the caption, coherence and style, each from 1 to 5; the reward is their
-mean. The question is in our own words, with the answer's three lines as the model knows them, so scores
-can differ a little from those that the authors' template gives.
+mean. The question is in our own words, with the caption's and the answer's lines as the model knows them, so scores
+can differ a little from those that the authors' template gives. An answer that was cut off is refused: its last
+number would be read as another one.
 """
 
 import re
@@ -22,6 +26,7 @@ from ref.scoring.served import Served, png
 
 MODEL = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
 URL = "http://localhost:8080/v1"
+MOST_TOKENS = 256  # of an answer; three numbers of 15 decimals take 79
 
 
 class UnifiedReward(Served):
@@ -33,7 +38,7 @@ class UnifiedReward(Served):
         "distorted objects; style, how beautiful it is whatever the caption says.\n"
         "Answer in exactly this form:\n"
         "Alignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z\n\n"
-        "Caption: {prompt}"
+        "Your task is provided as follows:\nText Caption: [{prompt}]"
     )
 
     def __init__(self, name: str, url: str, **options):
@@ -47,12 +52,19 @@ class UnifiedReward(Served):
             {"type": "image_url", "image_url": {"url": link}},
             {"type": "text", "text": self.question.format(prompt=prompt)},
         ]
-        body = {"model": self.served, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 64}  # fmt: skip
-        return self.ask("/chat/completions", body, lambda reply: ratings(reply["choices"][0]["message"]["content"]))
+        body = {"model": self.served, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": MOST_TOKENS}  # fmt: skip
+        return self.ask("/chat/completions", body, lambda reply: whole(reply["choices"][0]))
 
     def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         with ThreadPoolExecutor(16) as pool:  # the server batches what arrives together
             return torch.tensor(list(pool.map(self.judge, pictures(images), prompts)))
+
+
+def whole(choice: dict) -> float:
+    """The ratings of an answer. Raises ValueError where it was cut off."""
+    if choice.get("finish_reason") == "length":
+        raise ValueError(f"an answer was cut off after {MOST_TOKENS} tokens")
+    return ratings(choice["message"]["content"])
 
 
 def ratings(answer: str) -> float:

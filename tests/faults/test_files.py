@@ -524,16 +524,30 @@ def test_damaged_files_of_a_pipeline_are_named(file, content, message, world, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_missing_are_not_drawn_at_random(world, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "proj_out.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+        ("text_encoder_3/model.safetensors", "encoder.block.1.layer.0.SelfAttention.k.weight"),
+        ("text_encoder/model.safetensors", "text_projection.weight"),
+    ],
+)
+def test_weights_that_are_missing_are_not_drawn_at_random(file, name, world, tmp_path, capsys):
+    """Neither in training nor in the evaluation of a pipeline, text encoders included."""
     model = shutil.copytree(world / "sd3", tmp_path / "sd3")
-    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    weights.pop("proj_out.weight")
-    save_file(weights, file, {"format": "pt"})
+    weights = load_file(model / file)
+    weights.pop(name)
+    save_file(weights, model / file, {"format": "pt"})
     options = ["--model", model, "--prompts", world / "one.txt"]
-    assert exit_code(train.main, [*trained(world, tmp_path / "out"), *options]) == 2
+    cache = ["--cache-dir", tmp_path / "cache"]
+    assert exit_code(train.main, [*trained(world, tmp_path / "out"), *options, *cache]) == 2
     [line] = errors(capsys)
-    assert "lacks the weight proj_out.weight" in line and not (tmp_path / "out").exists()
+    assert f"lacks the weight {name}" in line and not (tmp_path / "out").exists()
+    found = [*options, "--rewards", "jpeg", "--encoders", f"dino={world / 'dino'}"]
+    assert exit_code(evaluate.main, found) == 2
+    [line] = errors(capsys)
+    assert f"lacks the weight {name}" in line
 
 
 def test_a_stray_folder_among_the_text_encoders_is_passed_over(world, tmp_path):

@@ -1,9 +1,11 @@
 """Encoders, on tiny random models of the real classes loaded through from_pretrained."""
 
+import logging
 from http.server import BaseHTTPRequestHandler
 
 import pytest
 import torch
+from transformers import SiglipVisionModel
 
 from ref.scoring.encoders import fit, load_encoder, to_bytes
 
@@ -175,3 +177,19 @@ def test_a_gated_and_a_missing_repository_are_named_with_the_remedy(serve, monke
     assert "hf auth login" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(OSError, match="some/model is neither a folder nor a public model"):
         load_encoder("dino=some/model")
+
+
+def test_a_siglip_with_its_text_tower_is_loaded_without_a_warning(folders):
+    """As it lies on the hub; transformers names every weight of the tower that is not asked for."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        load_encoder(f"siglip={folders['siglip']}")
+        assert not said
+        SiglipVisionModel.from_pretrained(folders["siglip"])
+        assert "UNEXPECTED" in said[0].getMessage()
+    finally:
+        logger.removeHandler(handler)
