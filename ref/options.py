@@ -37,7 +37,7 @@ class Pipeline(Options):
     memory: Literal[24, 48, 80] | None = None  # of the GPU in GB: computed settings in place of a trial
     model: str = "sd35_medium"  # a diffusers folder, a hub id, sd35_medium or flux_dev
     reward: str = "pickscore"  # what to raise, or a sum: pickscore:0.7+ocr:0.3, my_file.py:my_reward, http://HOST:PORT
-    prompts: str = "train"  # a .txt, .jsonl, .json, .csv or .tsv file, or train, evaluation or ocr
+    prompts: str = "train"  # a .txt, .jsonl, .json, .csv or .tsv file, or train, evaluation or ocr; GenEval's too
     evaluation_prompts: str | None = None  # for evaluations (None: evaluation; with other --prompts at most 64 of them)
     evaluation_steps: Annotated[int, Ge(1), Le(1000)] = 40  # denoising steps of evaluations
     images_per_prompt: Annotated[int, Ge(2), Le(1000)] = 4  # of evaluations; one image has no diversity

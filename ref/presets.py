@@ -155,7 +155,7 @@ def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Cal
     device = torch.device("cpu") if device.type == "cpu" else device
     elsewhere = {"memory", "model", "reward", "prompts", "evaluation_prompts", "evaluation_steps", "images_per_prompt"}
     adapter = options.model_dump(exclude=elsewhere) | {"lora_rank": options.lora_rank or None}
-    model = load(options.model, training + evaluation, device=device, **adapter)
+    model = load(options.model, map(str, training + evaluation), device=device, **adapter)
     phi = encoder if callable(encoder) else load_encoder(encoder or "pickscore", device)
     return Task(
         model,

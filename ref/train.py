@@ -219,7 +219,7 @@ def run(
 
         task = PRESETS[preset].task(encoder, options, reward)
         keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
-        same = {"run": directory.identity(description), "prompts": task.prompts, "embeddings": keys}
+        same = {"run": directory.identity(description), "prompts": [*map(str, task.prompts)], "embeddings": keys}
         saved = directory.load(folder, trainable(task.model), bool(settings.ema), same) if resume else None
         if not settings.micro_batch:
             settings = replace(settings, micro_batch=(saved or {}).get("micro_batch", 0))

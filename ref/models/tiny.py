@@ -1,11 +1,11 @@
 """Tiny pipelines of the real classes with random weights: whole, on disk, made in a second without a network.
 
-    python -m ref.models.tiny DIR            # DIR/sd3, DIR/flux, DIR/clip, DIR/dino
+    python -m ref.models.tiny DIR            # DIR/sd3, DIR/flux, DIR/clip, DIR/dino, DIR/mask2former
     python -m ref.models.tiny DIR --wide     # transformers as wide as the big ones, two blocks deep, 3 GB
 
 `sd3` and `flux` are complete diffusers folders (tokenizers, text encoders, transformer, VAE,
-scheduler), `clip` and `dino` complete transformers folders. They hold nothing that was learnt and
-stand for SD3.5-Medium, FLUX.1-dev, PickScore or CLIP, and DINOv2 wherever code rather than images is
+scheduler), `clip`, `dino` and `mask2former` complete transformers folders. They hold nothing that was learnt and
+stand for SD3.5-Medium, FLUX.1-dev, PickScore or CLIP, DINOv2 and GenEval's detector wherever code rather than images is
 the question: tests, CI, notebook 07 without a GPU. Structure follows the big models where code can
 depend on it: VAE factor 8 and patches of 2, SD3.5's dual attention and query-key norm, FLUX's
 guidance embedding and dynamic shift, 77 CLIP tokens. Images are 64 x 64 (or other multiples of 16, up to 256 on SD3).
@@ -167,7 +167,36 @@ def dino(folder: Path | str, seed: int = 0) -> Path:
     return Path(folder)
 
 
-MAKERS = {"sd3": sd3, "flux": flux, "clip": clip, "dino": dino}
+def mask2former(folder: Path | str, seed: int = 0) -> Path:
+    """A `Mask2FormerForUniversalSegmentation` of COCO's 80 classes with its image processor, saved in `folder`.
+
+    Its head is made louder: else no object would ever be found.
+    """
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    torch.manual_seed(seed)
+    backbone = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=WIDTH, mask_feature_size=WIDTH, hidden_dim=WIDTH, encoder_feedforward_dim=32,
+        encoder_layers=1, decoder_layers=3, num_attention_heads=2, dim_feedforward=32, num_queries=20, num_labels=80,
+    )  # fmt: skip
+    model = Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.class_predictor.weight.mul_(30)
+    model.save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"height": 64, "width": 64}, ignore_index=255).save_pretrained(folder)
+    return Path(folder)
+
+
+MAKERS = {"sd3": sd3, "flux": flux, "clip": clip, "dino": dino, "mask2former": mask2former}
 
 
 @in_one_line

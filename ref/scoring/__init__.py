@@ -7,6 +7,7 @@ preference       networks that judge: the cosine of image and text, the aestheti
 image_reward     ImageReward, a BLIP of its own
 served           rewards that a server gives, one's own too
 unified_reward   UnifiedReward, a vision-language model behind a server
+geneval          GenEval's rules on the objects that a Mask2Former finds
 rules            rewards that a rule computes: text that can be read (OCR), compressibility
 load             names and weighted sums of them, such as pickscore:0.7+ocr:0.3
 """

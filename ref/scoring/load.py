@@ -9,6 +9,8 @@
 | `image_reward`   | ImageReward, a BLIP that reads prompt and image together             | about 0 +-1 |
 | `unified_reward` | mean of the alignment, coherence and style that a VLM server replies | 1 .. 5      |
 | `ocr`            | 1 - edit distance between the prompt's quoted text and what is read  | 0 .. 1      |
+| `geneval`        | share of what GenEval's rules ask for, see geneval.py                | 0 .. 1      |
+| `geneval_strict` | 1 where all of it is there                                           | 0 or 1      |
 | `jpeg`           | 1 - bytes of the JPEG (quality 95) / bytes of the raw pixels         | up to 1     |
 | `FILE.py:NAME`   | a function of one's own, see own.py                                  | its own     |
 | `http://...`     | a server of one's own, see served.py                                 | its own     |
@@ -19,7 +21,7 @@ A specification names one or a weighted sum, NAME[:WEIGHT][=SOURCE], joined by "
     my_file.py:my_reward:0.5+ocr:0.5              http://localhost:8000/score:0.5+jpeg
 
 SOURCE is a local folder or hub repository in place of the default; for `clip_score` it is the name of an
-encoder (encoders.py), for `unified_reward` the address of its server.
+encoder (encoders.py), for `unified_reward` the address of its server, for `geneval` a folder with two models.
 
 Conventions. Cosines are not multiplied by the models' logit scale of 100 (PickScore's own code does, and
 Flow-GRPO then divides by 26): the paper's table prints 0.226 for FLUX, which is the cosine. That its CLIP
@@ -38,6 +40,7 @@ from torch import Tensor
 from ref.options import near
 from ref.sampling import ask, name_of
 from ref.scoring.encoders import Encoder, find, load_encoder, one_line
+from ref.scoring.geneval import GenEval
 from ref.scoring.own import REWARD, find_own, is_own, load_own
 from ref.scoring.preference import Aesthetic, Cosine
 from ref.scoring.reward import Reward
@@ -106,6 +109,8 @@ REWARDS = {
     "aesthetic": aesthetic,
     "image_reward": image_reward,
     "unified_reward": unified_reward,
+    "geneval": GenEval,
+    "geneval_strict": GenEval,
     "ocr": OCR,
     "jpeg": JPEG,
 }

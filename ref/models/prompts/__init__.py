@@ -1,7 +1,8 @@
 """Prompts come from files; train.txt, evaluation.txt and ocr.txt beside this one are of our own writing.
 
 .txt (and whatever is not listed)   a prompt a line
-.jsonl, .ndjson                     a line is a string, or an object with a "prompt"
+.jsonl, .ndjson                     a line is a string, or an object with a "prompt"; with GenEval's "include", too,
+                                    it is kept as the prompt's `wants`
 .json                               an array of such
 .csv, .tsv                          a table with a column `prompt`
 """
@@ -15,6 +16,12 @@ from ref.scale.textfiles import read_json, read_lines, read_table
 
 FOLDER = Path(__file__).parent
 OWN = tuple(sorted(path.stem for path in FOLDER.glob("*.txt")))
+
+
+class Prompt(str):
+    """A prompt that knows what its image is asked to show: `wants`, a line of GenEval's file (scoring/geneval.py)."""
+
+    wants: dict
 
 
 def read_prompts(source: str | Path) -> list[str]:
@@ -31,7 +38,7 @@ def read_prompts(source: str | Path) -> list[str]:
             found = json_lines(path)
         elif kind == ".json":
             items = read_json(path, list, 'write ["a prompt", ...], or an object a line and call the file .jsonl')
-            found = ((f"{path}, entry {number}", text(item)) for number, item in enumerate(items, 1))
+            found = ((f"{path}, entry {number}", item) for number, item in enumerate(items, 1))
         elif kind in (".csv", ".tsv"):
             found = ((f"{path}, line {line}", row["prompt"]) for line, row in read_table(path, ("prompt",)))
         else:
@@ -44,31 +51,29 @@ def read_prompts(source: str | Path) -> list[str]:
     return prompts
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, str | None]]:
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(read_lines(path), 1):
         place = f"{path}, line {number}"
         try:
-            yield place, text(json.loads(line)) if line.strip() else ""
+            yield place, json.loads(line) if line.strip() else ""
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", "too deep or too long")
             raise ValueError(f"{place}: bad JSON ({reason}); a line is one object") from error
 
 
-def text(item) -> str | None:
-    """The prompt of a JSON value; None where it holds none."""
-    item = item.get("prompt") if isinstance(item, dict) else item
-    return item if isinstance(item, str) else None
-
-
-def clean(place: str, prompt: str | None) -> str:
-    """The prompt as it is used. Raises ValueError where there is nothing to see, or half a character."""
-    if prompt is None:
+def clean(place: str, item) -> str:
+    """The prompt of a line or a JSON value as it is used. Raises ValueError where there is nothing to see."""
+    prompt = item.get("prompt") if isinstance(item, dict) else item
+    if not isinstance(prompt, str):
         raise ValueError(f'{place}: no prompt; write {{"prompt": "..."}} or a string')
     prompt = prompt.strip().strip("\ufeff").strip()  # marks stay between files that were put together
     if not any(letter.isprintable() and not letter.isspace() for letter in prompt):
         raise ValueError(f"{place}: empty line; every line must hold a prompt")
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise ValueError(f"{place}: half of a surrogate pair; write the character itself")
+    if isinstance(item, dict) and "include" in item:
+        prompt = Prompt(prompt)
+        prompt.wants = item
     return prompt
 
 
