@@ -31,10 +31,10 @@ from ref.entropy import policy_entropy
 from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, calibrate_kernel, perceptual_entropy
 from ref.policy import gaussian_log_prob
-from ref.sampling import Samples, chunks, draw, generator_for, pick_prompts, scores
+from ref.sampling import Samples, chunks, draw, generator_for, pick_prompts, scores, trained_only
 from ref.scale.processes import Share, deal, over_processes, processes, sum_gradients
 from ref.scale.stopwatch import Stopwatch
-from ref.scale.weights import trainable, whole
+from ref.scale.weights import in_parts, trainable, whole
 from ref.schedule import FlowSchedule
 from ref.settings import Settings
 from ref.state import State, start
@@ -107,6 +107,8 @@ def train(
             schedule = full.windowed(
                 int(torch.randint(settings.steps - settings.window, (), generator=generator)), settings.window
             )
+            if settings.tail_steps is not None:
+                schedule = schedule.tailed(settings.tail_steps)
 
         picked = pick_prompts(prompts, settings, state.iteration)
         samples = draw(model, picked, schedule, settings, share, (settings.seed, state.iteration), layout, lap=lap)
@@ -159,9 +161,15 @@ def update(
     state: State,
     settings: Settings,
 ) -> dict[str, float]:
-    """One optimiser step on the samples listed in `part`; advantage and pair are [B, S]."""
-    trajectory = samples.trajectory
+    """One optimiser step on the samples listed in `part`; advantage and pair are [B, S].
+
+    Samples whose advantages are all exactly 0 are left out where the loss allows it (and weights are not in parts, whose
+    processes must make equally many passes); the mean is still over all of them.
+    """
+    trajectory, weights = samples.trajectory, trainable(model)
     total = sum(map(len, part)) * len(trajectory.steps) * processes()
+    if method.skips and not any(map(in_parts, weights.values())):
+        part = trained_only(part, advantage.any(1))
     state.optimizer.zero_grad(set_to_none=True)
     device = next(iter(samples.conditioning.values())).device
     ratio_error, clipped = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -193,7 +201,9 @@ def update(
             with torch.no_grad():
                 ratio_error = torch.maximum(ratio_error, (step.ratio - 1).abs().max())
                 clipped = clipped + ((step.ratio < method.low) | (step.ratio > method.high)).sum()
-    weights = trainable(model)
+    for weight in weights.values():
+        if weight.grad is None:  # nothing was trained here; other processes may have, and AdamW's momentum goes on
+            weight.grad = torch.zeros_like(weight)
     sum_gradients(weights.values())
     norm = whole(torch.nn.utils.clip_grad_norm_(weights.values(), settings.grad_clip))
     if not norm.isfinite():

@@ -136,6 +136,11 @@ class FlowGRPO:
     def loss(self, step: Step) -> Float[Tensor, ""]:
         return self.pair_loss(step).mean()
 
+    @property
+    def skips(self) -> bool:
+        """Whether pairs of advantage 0 may be left out: where the loss is the mean of `pair_loss`, which is 0 there."""
+        return type(self).loss is FlowGRPO.loss
+
 
 class FlowGRPOKL(FlowGRPO):
     """Adds beta KL(p_theta || p_base), the Gaussian KL ||mu - mu_base||^2 / (2 s^2), to the loss."""
@@ -214,8 +219,8 @@ class ClipCov(FlowGRPO):
         keep[candidates[drawn.to(candidates.device)]] = 0
         return keep.view_as(advantages)
 
-    def loss(self, step: Step) -> Float[Tensor, ""]:
-        return (self.pair_loss(step) * step.pair).mean()
+    def pair_loss(self, step: Step) -> Float[Tensor, " B"]:
+        return super().pair_loss(step) * step.pair
 
 
 class KLCov(FlowGRPO):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ref.policy import Trajectory, rollout
@@ -45,6 +45,20 @@ def chunks(groups: int, group_size: int, updates: int, micro_batch: int) -> list
         raise ValueError("micro_batch 0 means the largest that fits; let scale.microbatch find it first")
     parts = torch.arange(groups * group_size).view(groups, group_size).tensor_split(updates)
     return [list(part.flatten().split(micro_batch)) for part in parts]
+
+
+def trained_only(part: list[Tensor], trained: Bool[Tensor, " B"]) -> list[Tensor]:
+    """The micro-batches of an optimiser step that hold its trained samples, as few as do, filled up with others.
+
+    Every sample stays in a micro-batch of the size in which it was drawn: the same kernels run on the same shapes, and
+    round as they did then.
+    """
+    kept = []
+    for size in dict.fromkeys(map(len, part)):
+        rows = torch.cat([chunk for chunk in part if len(chunk) == size])
+        first = rows[(~trained[rows]).to(torch.uint8).argsort(stable=True)]
+        kept += first.split(size)[: -(-int(trained[rows].sum()) // size)]
+    return kept
 
 
 @dataclass

@@ -69,6 +69,7 @@ class FlowSchedule:
     sde_window   (start, size): the steps that are stochastic, the others follow the ODE.
                  None: all but the last. The last step is deterministic by default, because noise
                  added there is never removed and stays visible in the image.
+    multistep    follow the ODE by `policy.multistep` in place of Euler's method after the last stochastic step.
 
     `std` [N] is s_i, 0 where a step is deterministic; `steps` lists the stochastic ones.
     Coefficients are computed in float64. Raises ValueError on a bad grid, kind, level or window.
@@ -78,6 +79,7 @@ class FlowSchedule:
     kind: str = "flow_sde"
     noise_level: float = 0.7
     sde_window: tuple[int, int] | None = None
+    multistep: bool = False
 
     def __post_init__(self):
         sigma = [float(s) for s in torch.as_tensor(self.sigmas).double()]
@@ -126,6 +128,16 @@ class FlowSchedule:
     def windowed(self, start: int, size: int) -> "FlowSchedule":
         """The same kernels, stochastic on steps start .. start + size - 1 only."""
         return replace(self, sde_window=(start, size))
+
+    def tailed(self, steps: int) -> "FlowSchedule":
+        """The same until the last stochastic step is done, then `steps` of the multistep solver, or fewer if there were.
+
+        Their levels are evenly spaced: on a grid shifted towards noise, or one with a level just above 0 as SD3's, the
+        solver of second order wastes its calls.
+        """
+        end = self.steps[-1] + 1
+        tail = self.sigmas[end] * torch.linspace(1, 0, min(steps, len(self) - end) + 1)
+        return replace(self, sigmas=torch.cat([self.sigmas[:end], tail.to(self.sigmas)]), multistep=True)
 
     def ode(self) -> "FlowSchedule":
         """The noise-free limit: Euler's method on the probability-flow ODE."""

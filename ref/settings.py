@@ -58,6 +58,9 @@ class Settings:
     kind: Kind = "flow_sde"  # kernel, see schedule.py
     noise_level: Annotated[float, Gt(0), Le(100)] = 0.7  # eta of the kernel; at most 1 for cps
     window: Annotated[int, Ge(1)] | None = None  # train only this many consecutive steps, placed anew each iteration
+    tail_steps: Annotated[int, Ge(1), Le(10**4)] | None = (
+        None  # so many steps of second order follow a window (None: Euler's)
+    )
     trained: Annotated[float, Gt(0), Le(1)] = 1.0  # train this share of the steps, from the noise on (DanceGRPO 0.6)
     same_noise: bool = False  # a group starts from one x_0 (DanceGRPO), and walks as one until the window
     lr: Annotated[float, Gt(0), Le(10)] = 3e-4  # AdamW's learning rate
@@ -90,6 +93,8 @@ class Settings:
             raise ValueError(
                 f"window must lie in 1..{self.steps - 1} (the last step is deterministic), got {self.window}"
             )
+        if self.tail_steps is not None and self.window is None:
+            raise ValueError("tail_steps are those after a window; give --window too")
         if self.trained < 1 and self.window is not None:
             raise ValueError("window and trained both choose the steps to train; give one of them")
         return self

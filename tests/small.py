@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ref.models.load import load
 from ref.options import Pipeline
 from ref.presets import PRESETS
 from ref.settings import Settings
@@ -30,6 +31,18 @@ def small_model():
     model, reward, phi, _ = digits.load()
     model.add_lora(4, 8)
     return model, reward, phi
+
+
+def a_model(kind, world):
+    """A model and four prompts. The tiny SD3 is guided: two branches in one pass."""
+    if kind == "mixture":
+        return PRESETS["mixture"].task().model, [""] * 4
+    if kind == "digits":
+        return small_model()[0], PROMPTS[:4]
+    prompts = [*TRAINING, "a house"]
+    return load(
+        world / kind, prompts, 32, 32, max_sequence_length=16, lora_rank=2, device="cpu", cache_dir=world / "cache"
+    ), prompts
 
 
 def command(folder, *extra, method="pec", preset="digits"):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ref.grpo import advantages, learning_rate, start, step_weights, train
-from ref.methods import METHODS
+from ref.methods import METHODS, FlowGRPO
 from ref.models import tiny
 from ref.models.load import load
 from ref.policy import gaussian_log_prob
@@ -19,7 +19,7 @@ from ref.schedule import FlowSchedule, time_grid
 from ref.settings import Settings
 from ref.worlds import digits
 
-from .small import PROMPTS, SMALL, small_model
+from .small import PROMPTS, SMALL, a_model, small_model
 
 
 def run(method="flow_grpo", settings=SMALL, weight=None):
@@ -122,6 +122,65 @@ def test_advantages_are_z_scores_and_flat_groups_get_exactly_zero():
     assert (a[1] == 0).all()
     assert advantages(torch.tensor([[0.0] * 99 + [1.0]])[..., None]).max() == 5
     torch.testing.assert_close(advantages(reward, std_normalize=False)[0, :, 1], torch.tensor([-1.0, 0.0, 1.0]))
+
+
+class Thorough(FlowGRPO):
+    """Flow-GRPO that trains on every pair: its loss is its own, so nothing may be left out."""
+
+    def loss(self, step):
+        return self.pair_loss(step).mean()
+
+
+def flat_but_for(prompts):
+    """A reward that tells only the samples of some prompts apart."""
+    return lambda images, asked: images.flatten(1).mean(1) * torch.tensor([float(p in prompts) for p in asked])
+
+
+@pytest.mark.parametrize("kind, micro_batch, left", [("digits", 5, 7), ("sd3", 2, 6), ("flux", 5, 7)])
+def test_samples_without_advantage_are_not_trained_on(kind, micro_batch, left, world):
+    """Two groups of four are flat: half the passes, the same gradient, and the ratio exactly 1 in another order.
+
+    Of micro-batches of 5, 5 and 2 one of five stays, filled up, and that of two.
+    """
+    settings = dataclasses.replace(SMALL, updates=1, iterations=1, steps=3, micro_batch=micro_batch)
+    found = {}
+    for method in (FlowGRPO, Thorough):
+        model, prompts = a_model(kind, world)
+        rows, velocity = [], model.velocity
+
+        def counted(x, sigma, conditioning):
+            rows.append(len(x) * torch.is_grad_enabled())
+            return velocity(x, sigma, conditioning)
+
+        model.velocity = counted
+        state = next(train(model, prompts, flat_but_for(pick_prompts(prompts, SMALL, 0)[1::2]),
+                           lambda images: images.flatten(1)[:, :3], method(clip=1e-2), settings))  # fmt: skip
+        assert state.metrics["ratio_error"] == 0
+        found[method] = torch.cat([weight.grad.flatten() for weight in trainable(model).values()]), sum(rows)
+    (less, few), (all_of_it, many) = found[FlowGRPO], found[Thorough]
+    assert (few, many) == (left * 2, 12 * 2)
+    torch.testing.assert_close(less, all_of_it, rtol=0, atol=1e-6 * all_of_it.abs().max().item())
+
+
+def test_a_flat_batch_moves_the_weights_by_momentum_alone():
+    """No pass at all, and AdamW's step is the one that a gradient of zeros makes."""
+    after = []
+    for method in (FlowGRPO, Thorough):
+        model, reward, phi = small_model()
+        asked = iter([reward, lambda images, prompts: images.new_zeros(len(images))])
+        loop = train(model, PROMPTS, lambda images, prompts: next(asked)(images, prompts), phi, method(clip=1e-2),
+                     dataclasses.replace(SMALL, updates=1))  # fmt: skip
+        first = copy.deepcopy(trainable(next(loop).model))
+        assert next(loop).metrics["grad_norm"] == 0
+        after.append(trainable(model))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in first)
+    assert any(not torch.equal(after[0][name], first[name]) for name in first)
+
+
+def test_methods_with_a_term_of_their_own_train_on_every_pair():
+    assert {name for name, method in METHODS.items() if not method().skips} == {
+        "flow_grpo_kl", "entropy_reg", "kl_cov", "naive_kl",
+    }  # fmt: skip
 
 
 def test_window_is_shared_drawn_anew_and_never_reaches_the_last_step():

@@ -7,14 +7,12 @@ import torch
 
 from ref.grpo import train
 from ref.methods import METHODS
-from ref.models.load import load
 from ref.policy import rollout
-from ref.presets import PRESETS
 from ref.sampling import chunks, generator_for, pick_prompts, sample
 from ref.settings import Settings
 from ref.worlds import digits
 
-from .small import PROMPTS, SMALL, TRAINING, small_model
+from .small import PROMPTS, SMALL, a_model, small_model
 
 
 def test_group_layout_is_whole_groups_for_each_update():
@@ -48,18 +46,6 @@ def test_micro_batch_zero_is_refused_where_nobody_found_it():
     model.add_lora(4, 8)
     with pytest.raises(ValueError, match="let scale.microbatch find it first"):
         next(train(model, digits.PROMPTS, reward, phi, METHODS["flow_grpo"](), Settings(micro_batch=0)))
-
-
-def a_model(kind, world):
-    """A model and four prompts. The tiny SD3 is guided: two branches in one pass."""
-    if kind == "mixture":
-        return PRESETS["mixture"].task().model, [""] * 4
-    if kind == "digits":
-        return small_model()[0], PROMPTS[:4]
-    prompts = [*TRAINING, "a house"]
-    return load(
-        world / kind, prompts, 32, 32, max_sequence_length=16, lora_rank=2, device="cpu", cache_dir=world / "cache"
-    ), prompts
 
 
 def each_alone(model, prompts, K, schedule, layout):
