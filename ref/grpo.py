@@ -31,7 +31,7 @@ from ref.entropy import policy_entropy
 from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, calibrate_kernel, perceptual_entropy
 from ref.policy import gaussian_log_prob
-from ref.sampling import Samples, chunks, draw, generator_for, pick_prompts, scores, trained_only
+from ref.sampling import Samples, chunks, draw, generator_for, pick_prompts, placed, scores, trained_only
 from ref.scale.processes import Share, deal, over_processes, processes, sum_gradients
 from ref.scale.stopwatch import Stopwatch
 from ref.scale.weights import in_parts, trainable, whole
@@ -40,13 +40,27 @@ from ref.settings import Settings
 from ref.state import State, start
 
 
-def advantages(reward: Float[Tensor, "G K S"], clip: float = 5.0, std_normalize: bool = True) -> Float[Tensor, "G K S"]:
-    """Group-relative advantages of shaped rewards [G, K, S], normalised over K; 0 where a group has no spread."""
+def advantages(
+    reward: Float[Tensor, "G K S"], clip: float = 5.0, std_normalize: bool = True, over: int | tuple[int, int] = 1
+) -> Float[Tensor, "G K S"]:
+    """Group-relative advantages of shaped rewards [G, K, S]: centred over K; 0 where a group has no spread.
+
+    over: the dimensions of the sample standard deviation that divides them: 1, the group's; (0, 1), that of all rewards.
+    """
     centred = reward - reward.mean(1, keepdim=True)
     if std_normalize:
-        centred = centred / (reward.std(1, keepdim=True) + 1e-4)
+        centred = centred / (reward.std(over, keepdim=True) + 1e-4)
     flat = reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
     return centred.masked_fill(flat, 0).clamp(-clip, clip)
+
+
+def extremes(advantage: Float[Tensor, "G K S"], m: int) -> Float[Tensor, "G K S"]:
+    """The m // 2 worst of each group and its best, m in all, by their mean over steps; the others' advantages are 0.
+
+    DanceGRPO's best-of-n. Biased: the middle pulls little, but always towards the group's mean (tests/test_grpo.py).
+    """
+    middle = advantage.mean(-1).argsort(1)[:, m // 2 : advantage.shape[1] - m + m // 2]
+    return advantage.scatter(1, middle[..., None].expand(-1, -1, advantage.shape[2]), 0.0)
 
 
 def step_weights(schedule: FlowSchedule, omega: str, steps: tuple[int, ...] | None = None) -> Float[Tensor, " S"]:
@@ -94,6 +108,10 @@ def train(
         raise ValueError(f"{type(method).__name__} cannot hold a target diversity; take pec, pcvae or entropy_reg in perceptual or kernel space")  # fmt: skip
     state = state or start(model, settings)
     full = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
+    *others, last = full.leverage[: settings.trainable_steps].tolist()
+    if others and last > 5 * max(others):
+        warnings.warn(f"the last trained step's gradient is {last / max(others):.0f} times as large as the next: on this "
+                      f"grid {settings.kind} makes it nearly deterministic; leave it out, with --trained 0.5", stacklevel=2)  # fmt: skip
     share = deal(settings.groups, settings.updates)
     layout = chunks(len(share.mine), settings.group_size, settings.updates, settings.micro_batch)
 
@@ -101,15 +119,7 @@ def train(
         calibrate_on(state, prompts, encoder, settings)
 
     while state.iteration < settings.iterations:
-        lap, schedule = Stopwatch(), full
-        if settings.window is not None:  # one window for all groups
-            generator = generator_for(settings.seed, state.iteration, "window")
-            schedule = full.windowed(
-                int(torch.randint(settings.steps - settings.window, (), generator=generator)), settings.window
-            )
-            if settings.tail_steps is not None:
-                schedule = schedule.tailed(settings.tail_steps)
-
+        lap, schedule = Stopwatch(), placed(full, settings, state.iteration)
         picked = pick_prompts(prompts, settings, state.iteration)
         samples = draw(model, picked, schedule, settings, share, (settings.seed, state.iteration), layout, lap=lap)
         state.reward = scores(reward, samples, share)
@@ -131,7 +141,10 @@ def train(
             if state.unit is None:  # the first iteration samples the base model
                 state.unit = method.unit(state.reward.std(1).mean().item(), settings.std_normalize)
             state.weight, method.weight = hold(state.weight, diversity(state), settings.target_diversity, state.unit)
-        state.advantages = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize)
+        shaped, over = method.shape(group), (0, 1) if settings.global_std else 1
+        state.advantages = advantages(shaped, settings.advantage_clip, settings.std_normalize, over)
+        if settings.best_and_worst:
+            state.advantages = extremes(state.advantages, settings.best_and_worst)
         pairs = method.select(group, state.advantages)
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = learning_rate(settings, state.iteration)

@@ -6,6 +6,7 @@ one would.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,22 @@ def pick_prompts(prompts: list[str], settings: Settings, iteration: int) -> list
             ).tolist()
         picked.append(prompts[shuffled[epoch][place]])
     return picked
+
+
+def placed(full: FlowSchedule, settings: Settings, iteration: int) -> FlowSchedule:
+    """The schedule of an iteration: its window, one for all groups, and the tail after it. `full` where there is none."""
+    if settings.window is None:
+        return full
+    places, stay = settings.trainable_steps - settings.window + 1, settings.window_stay
+    if settings.window_moves == "random":
+        place = int(torch.randint(places, (), generator=generator_for(settings.seed, iteration, "window")))
+    else:  # MixGRPO, arXiv 2507.21802: sliding, or with stays that shrink past the middle; then from the start again
+        shrink = 0.1 if settings.window_moves == "decaying" else 0.0
+        late = [max(0.0, place - settings.steps / 2) for place in range(places)]
+        stays = [max(1, round(stay * math.exp(-shrink * steps))) for steps in late]
+        place = [place for place, n in enumerate(stays) for _ in range(n)][iteration % sum(stays)]
+    schedule = full.windowed(place, settings.window)
+    return schedule.tailed(settings.tail_steps) if settings.tail_steps else schedule
 
 
 def chunks(groups: int, group_size: int, updates: int, micro_batch: int) -> list[list[Tensor]]:
@@ -144,8 +161,12 @@ def draw(
     mine = [prompts[g] for g in share.mine]
     rows = [rows for part in layout for rows in part]
     samples = sample(model, mine, settings.group_size, schedule, key, rows, share.mine, settings.same_noise, **options)
-    path, S = samples.trajectory, sum(i < settings.trained * settings.steps for i in schedule.steps)
-    samples.trajectory = Trajectory(path.x, path.mean[:S], path.log_prob[:S], path.steps[:S])
+    path, S = samples.trajectory, len(schedule.steps)
+    keep = range(min(S, settings.trainable_steps))
+    if settings.trained_at_random:
+        keep = sorted(torch.randperm(S, generator=generator_for(*key, "trained"))[: len(keep)].tolist())
+    steps = tuple(path.steps[s] for s in keep)
+    samples.trajectory = Trajectory(path.x, path.mean[list(keep)], path.log_prob[list(keep)], steps)
     return samples
 
 

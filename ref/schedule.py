@@ -125,6 +125,14 @@ class FlowSchedule:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return self._a[i] * x.to(dtype) + self._b[i] * velocity.to(dtype)
 
+    @property
+    def leverage(self) -> Float[Tensor, " S"]:
+        """|b_i| / s_i of the stochastic steps: how far a unit of velocity moves mu_i, in standard deviations.
+
+        The gradient of a step's log-density is as large as this.
+        """
+        return torch.tensor([abs(self._b[i]) / float(self.std[i]) for i in self.steps], dtype=torch.float64)
+
     def windowed(self, start: int, size: int) -> "FlowSchedule":
         """The same kernels, stochastic on steps start .. start + size - 1 only."""
         return replace(self, sde_window=(start, size))

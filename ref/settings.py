@@ -5,6 +5,7 @@ constructor, the command line (options.py) and run.json all read this declaratio
 """
 
 import functools
+import math
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -57,17 +58,26 @@ class Settings:
     steps: Annotated[int, Ge(2), Le(10**4)] = 10  # N, denoising steps
     kind: Kind = "flow_sde"  # kernel, see schedule.py
     noise_level: Annotated[float, Gt(0), Le(100)] = 0.7  # eta of the kernel; at most 1 for cps
-    window: Annotated[int, Ge(1)] | None = None  # train only this many consecutive steps, placed anew each iteration
-    tail_steps: Annotated[int, Ge(1), Le(10**4)] | None = (
-        None  # so many steps of second order follow a window (None: Euler's)
+    window: Annotated[int, Ge(1)] | None = None  # make this many consecutive steps stochastic, and train them
+    window_moves: Literal["random", "sliding", "decaying"] = (
+        "random"  # anew each iteration; or from the noise on (MixGRPO)
     )
-    trained: Annotated[float, Gt(0), Le(1)] = 1.0  # train this share of the steps, from the noise on (DanceGRPO 0.6)
+    window_stay: Annotated[int, Ge(1), Le(10**6)] = 25  # iterations at a place of a window that slides or decays
+    tail_steps: Annotated[int, Ge(1), Le(10**4)] | None = (
+        None  # after a window this many, of second order (None: Euler's)
+    )
+    trained: Annotated[float, Gt(0), Le(1)] = 1.0  # this share of the steps, from the noise on; a window lies within it
+    trained_at_random: bool = False  # that share anywhere, drawn anew each iteration (DanceGRPO)
     same_noise: bool = False  # a group starts from one x_0 (DanceGRPO), and walks as one until the window
     lr: Annotated[float, Gt(0), Le(10)] = 3e-4  # AdamW's learning rate
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: falling to 0 at the last iteration
     clip: Annotated[float, Gt(0), Le(100)] = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
     advantage_clip: Annotated[float, Gt(0), Le(10**6)] = 5.0  # advantages are clipped to +- this
     std_normalize: bool = True  # divide advantages by the group's standard deviation
+    global_std: bool = False  # divide by that of all the iteration's rewards instead (Flow-GRPO's SD3 recipes)
+    best_and_worst: Annotated[int, Ge(2)] | None = (
+        None  # train on so many extremes of a group, half and half (None: all)
+    )
     grad_clip: Annotated[float, Gt(0), Le(10**12)] = 1.0  # largest gradient norm
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay, once an optimiser step, of the averages that are saved; 0 is off
     target_diversity: Annotated[float, Gt(0), Lt(10)] | None = (
@@ -89,12 +99,27 @@ class Settings:
             raise ValueError(f"noise_level must be at most 1 for cps, got {self.noise_level}")
         if self.updates > self.groups:
             raise ValueError(f"updates ({self.updates}) cannot exceed groups ({self.groups}): each takes whole groups")
-        if self.window is not None and self.window > self.steps - 1:
+        if self.window is not None and self.window > self.trainable_steps:
             raise ValueError(
-                f"window must lie in 1..{self.steps - 1} (the last step is deterministic), got {self.window}"
+                f"window must lie in 1..{self.trainable_steps} (of {self.steps} steps the last is deterministic; trained "
+                f"is {self.trained:g}), got {self.window}"
             )
-        if self.tail_steps is not None and self.window is None:
-            raise ValueError("tail_steps are those after a window; give --window too")
-        if self.trained < 1 and self.window is not None:
-            raise ValueError("window and trained both choose the steps to train; give one of them")
+        if self.window is None and (self.tail_steps is not None or self.window_moves != "random"):
+            name = "window_moves" if self.tail_steps is None else "tail_steps"
+            raise ValueError(f"{name} is said of a window; give --window too")
+        if self.trained_at_random and (self.window is not None or self.trained == 1):
+            raise ValueError(
+                "trained_at_random draws the share `trained` of all steps: give it, below 1, and no window"
+            )
+        if self.global_std and not self.std_normalize:
+            raise ValueError("global_std says by which deviation std_normalize divides; without it there is none")
+        if self.best_and_worst is not None and self.best_and_worst > self.group_size:
+            raise ValueError(
+                f"best_and_worst must lie in 2..{self.group_size}, the group_size, got {self.best_and_worst}"
+            )
         return self
+
+    @property
+    def trainable_steps(self) -> int:
+        """How many steps are trained, or among how many a window lies: the last is deterministic."""
+        return min(math.ceil(self.trained * self.steps), self.steps - 1)

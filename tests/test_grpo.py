@@ -2,13 +2,15 @@
 
 import copy
 import dataclasses
+import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ref.grpo import advantages, learning_rate, start, step_weights, train
+from ref.grpo import advantages, extremes, learning_rate, start, step_weights, train
 from ref.methods import METHODS, FlowGRPO
 from ref.models import tiny
 from ref.models.load import load
@@ -181,6 +183,76 @@ def test_methods_with_a_term_of_their_own_train_on_every_pair():
     assert {name for name, method in METHODS.items() if not method().skips} == {
         "flow_grpo_kl", "entropy_reg", "kl_cov", "naive_kl",
     }  # fmt: skip
+
+
+def test_global_std_divides_by_that_of_all_rewards(rng):
+    reward = torch.randn(3, 5, 2, generator=rng) * torch.tensor([0.1, 1, 10])[:, None, None]
+    found = advantages(reward, clip=1e6, over=(0, 1)).numpy()
+    centred = reward.numpy() - reward.numpy().mean(1, keepdims=True)
+    np.testing.assert_allclose(found, centred / (reward.numpy().std((0, 1), ddof=1) + 1e-4), rtol=1e-5)
+    model, score, phi = small_model()
+    settings = dataclasses.replace(SMALL, global_std=True, advantage_clip=1e6)
+    state = next(train(model, PROMPTS, score, phi, METHODS["flow_grpo"](), settings))
+    expected = advantages(state.reward[..., None], over=(0, 1)).expand_as(state.advantages)
+    torch.testing.assert_close(state.advantages, expected)
+
+
+def test_best_and_worst_leave_the_others_without_advantage():
+    advantage = torch.tensor([[3.0, -1, 0.5, -2, 1], [0.1, 0.2, 0.3, 0.4, 0.5]])[..., None].expand(2, 5, 3)
+    torch.testing.assert_close(
+        extremes(advantage, 3)[..., 1], torch.tensor([[3.0, 0, 0, -2, 1], [0.1, 0, 0, 0.4, 0.5]])
+    )
+    assert torch.equal(extremes(advantage, 5), advantage)
+    model, reward, phi = small_model()
+    settings = dataclasses.replace(SMALL, best_and_worst=2, micro_batch=1, iterations=1, steps=3)
+    rows, velocity = [], model.velocity
+
+    def counted(x, sigma, conditioning):
+        rows.append(torch.is_grad_enabled())
+        return velocity(x, sigma, conditioning)
+
+    model.velocity = counted
+    state = next(train(model, PROMPTS, reward, phi, METHODS["pec"](clip=1e-2), settings))
+    assert sum(rows) == 4 * 2 * 2 and state.metrics["ratio_error"] == 0
+    assert ((state.advantages != 0).sum(1) == 2).all()
+
+
+def test_trained_steps_can_be_drawn_at_random():
+    """DanceGRPO's: all steps are stochastic, some of them trained."""
+    model, reward, phi = small_model()
+    settings = dataclasses.replace(SMALL, steps=6, trained=0.5, trained_at_random=True, iterations=4, groups=2)
+    seen = []
+    for state in train(model, PROMPTS, reward, phi, METHODS["pec"](clip=1e-2), settings):
+        path, schedule = state.samples.trajectory, model.schedule(6, noise_level=settings.noise_level)
+        assert len(path.steps) == 3 and list(path.steps) == sorted(path.steps) and path.steps[-1] < 5
+        for s, i in enumerate(path.steps):
+            assert torch.equal(path.log_prob[s], gaussian_log_prob(path.x[i + 1], path.mean[s], schedule.std[i]))
+        assert state.metrics["ratio_error"] == 0 or state.iteration > 1
+        seen.append(path.steps)
+    assert len(set(seen)) > 2 and any(4 in steps for steps in seen)
+
+
+def test_a_last_step_that_is_nearly_deterministic_is_warned_of():
+    """Coefficients preserving on SD3's grid, which has a level just above 0: the gradients of its log-densities."""
+    model, reward, phi = small_model()
+    schedule = model.schedule(10, kind="cps", noise_level=0.8)
+    v = torch.ones(10, 1, requires_grad=True)
+    mean = [schedule.mean(torch.zeros(1, 1), v[i : i + 1], i) for i in schedule.steps]
+    far = [m.detach() + schedule.std[i] for i, m in zip(schedule.steps, mean)]  # one standard deviation from the mean
+    of = [gaussian_log_prob(x, m, schedule.std[i]) for i, x, m in zip(schedule.steps, far, mean)]
+    [gradient] = torch.autograd.grad(torch.cat(of).sum(), v)
+    torch.testing.assert_close(schedule.leverage, gradient[:9, 0].abs().double(), rtol=1e-5, atol=0)
+    settings = dataclasses.replace(SMALL, steps=10, kind="cps", noise_level=0.8, groups=2, iterations=1)
+
+    def loop(**changes):
+        own = dataclasses.replace(settings, **changes)
+        return next(train(model, PROMPTS, reward, phi, METHODS["pec"](), own))
+
+    with pytest.warns(UserWarning, match="gradient is [0-9]{2} times as large.*--trained 0.5"):
+        loop()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(trained=0.5)
 
 
 def test_window_is_shared_drawn_anew_and_never_reaches_the_last_step():

@@ -8,7 +8,8 @@ import torch
 from ref.grpo import train
 from ref.methods import METHODS
 from ref.policy import rollout
-from ref.sampling import chunks, generator_for, pick_prompts, sample
+from ref.sampling import chunks, generator_for, pick_prompts, placed, sample
+from ref.schedule import FlowSchedule, time_grid
 from ref.settings import Settings
 from ref.worlds import digits
 
@@ -46,6 +47,35 @@ def test_micro_batch_zero_is_refused_where_nobody_found_it():
     model.add_lora(4, 8)
     with pytest.raises(ValueError, match="let scale.microbatch find it first"):
         next(train(model, digits.PROMPTS, reward, phi, METHODS["flow_grpo"](), Settings(micro_batch=0)))
+
+
+def starts(iterations, **changes):
+    settings = Settings(steps=25, window=4, **changes)
+    full = FlowSchedule(time_grid(25))
+    schedules = [placed(full, settings, n) for n in range(iterations)]
+    assert all(schedule.steps == tuple(range(schedule.steps[0], schedule.steps[0] + 4)) for schedule in schedules)
+    return [schedule.steps[0] for schedule in schedules]
+
+
+def test_a_window_lies_where_it_is_told():
+    assert set(starts(400)) == set(range(21))  # never over the last step; each of 21 missed with probability 3e-9
+    assert set(starts(200, trained=0.5)) == set(range(10))  # within the first 13 steps
+    slid = [place for place in range(21) for _ in range(3)]
+    assert starts(130, window_moves="sliding", window_stay=3) == (slid * 3)[:130]
+    decayed = starts(2000, window_moves="decaying", window_stay=20)
+    stays = [20] * 13 + [19, 17, 16, 14, 13, 12, 10, 9]  # 20 exp(-0.1 (place - 12.5)) past the middle
+    assert decayed == ([place for place, n in enumerate(stays) for _ in range(n)] * 6)[:2000]
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_tail_saves_passes_and_leaves_the_ratio_at_exactly_one(kind, world):
+    model, prompts = a_model(kind, world)
+    settings = dataclasses.replace(SMALL, steps=8, window=2, trained=0.3, tail_steps=2, updates=1, iterations=1)
+    reward = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    state = next(train(model, prompts, reward, lambda images: images.mean((2, 3)), METHODS["pec"](), settings))
+    path = state.samples.trajectory
+    assert path.steps in ((0, 1), (1, 2)) and len(path.x) == path.steps[-1] + 1 + 2 + 1
+    assert state.metrics["ratio_error"] == 0 < state.metrics["grad_norm"]
 
 
 def each_alone(model, prompts, K, schedule, layout):

@@ -18,7 +18,13 @@ from .small import SMALL
         dict(omega="x"),
         dict(ema=1.0),
         dict(trained=0.0),
-        dict(window=1, trained=0.5),
+        dict(window=3, trained=0.5),
+        dict(tail_steps=2),
+        dict(window_moves="sliding"),
+        dict(trained_at_random=True),
+        dict(trained_at_random=True, trained=0.5, window=1),
+        dict(global_std=True, std_normalize=False),
+        dict(best_and_worst=4),
     ],
 )
 def test_bad_settings_are_refused(change):

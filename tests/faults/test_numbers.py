@@ -47,6 +47,8 @@ def test_numbers_are_finite(option, bad, tmp_path):
         ("advantage-clip", -1), ("advantage-clip", 0), ("grad-clip", 0), ("clip", 0), ("clip", -0.1), ("lr", 0), ("lr", -1),
         ("noise-level", 0), ("noise-level", -0.7), ("ema", 1), ("ema", -0.1), ("trained", 0), ("trained", 1.1),
         ("groups", 0), ("group-size", 1), ("group-size", -3), ("updates", 0), ("steps", 1), ("window", 0), ("window", 10),
+        ("window-stay", 0), ("window-moves", "back"), ("tail-steps", 0), ("best-and-worst", 1),
+        ("best-and-worst", 17),
         ("iterations", -1), ("micro-batch", -1), ("save-every", 0), ("evaluate-every", -1), ("weight", -1),
         ("groups", 2.5), ("steps", "ten"), ("kind", "sde"), ("omega", "x"), ("lr-schedule", "linear"), ("space", "pixel"),
         ("group-size", 10**8), ("steps", 10**9), ("groups", 10**5), ("log-with", "paper"),
