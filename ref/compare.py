@@ -2,8 +2,11 @@
 
     python -m ref.compare --preset digits --seeds 5 --runs flow_grpo pec:1 pec:2 pcvae:1 --jobs 2
 
+    python -m ref.compare --preset sd35_medium --memory 80 --reward pickscore:0.7+ocr:0.3 --prompts ocr --runs flow_grpo pec
+
 A run is named METHOD[@SPACE][/ENCODER][:WEIGHT]: `pec:1`, `clip_cov@perceptual:0.1`, `pec/reader:0.5`. What
-is left out is the method's or the preset's default.
+is left out is the method's default, or what --encoder or the preset says. All options of ref.train are options of
+all runs.
 
 Every run has a folder of its own under --output-dir, so the command can be stopped and started again:
 finished runs are read, broken ones continued; Ctrl-C, SIGTERM and SIGHUP save those at work. It writes
@@ -12,7 +15,7 @@ finished runs are read, broken ones continued; Ctrl-C, SIGTERM and SIGHUP save t
     table.md, table.tex, table.csv table 1's twin: mean ± standard deviation over seeds, Norm.Avg, Overall
     front.png                      reward against diversity, with confidence ellipses
 
-Each job uses one CPU thread.
+On the toys each job uses one CPU thread; on the large presets jobs share the GPU, and its memory.
 """
 
 import csv
@@ -25,7 +28,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -39,21 +42,23 @@ from pydantic import Field
 from ref import figures
 from ref.methods import METHODS
 from ref.metrics import normalized_average, table
-from ref.options import Options, command, near, read
-from ref.presets import PRESETS
+from ref.options import command, near
+from ref.presets import LARGE, PRESETS
 from ref.scale.checkpoint import atomic_write
 from ref.scale.directory import Alone, refuse_another, write_json
 from ref.scale.signals import ignoring_interrupts, interruptible, stopping
+from ref.scoring.encoders import check_name
+from ref.scoring.own import is_own
 from ref.settings import in_one_line
-from ref.train import described, run
+from ref.train import Work, asked, described, run
 
 FORMAT = 1  # of summary.json: one of another format is not read, but made again from the run's checkpoint
 AGAIN = "the same command goes on"
 ENCODERS = {"mixture": ("direction",), "digits": ("contrastive", "reader", "random")}  # the preset's own first
 
 # Quality and diversity columns with their formats; higher is better. The judge, and the spaces other
-# than the run's own phi, are seen by nothing in training. A column has one unit for all rows: distances in a
-# run's own phi are in none of them where runs may differ in phi. The first diversity column is the front's.
+# than the run's own phi, are seen by nothing in training. A column has one unit for all rows: what is measured in a
+# run's own phi is in none of them where runs differ in phi. The first diversity column is the front's.
 COLUMNS = {
     "mixture": (
         {"reward": ".3f"},
@@ -65,18 +70,28 @@ COLUMNS = {
         | {"vae_variance": ".1f", "pixel_variance": ".2f"},
     ),
 }
+OUTSIDE = {"vae_variance": ".1f", "pixel_variance": ".2f"}  # of the large presets; whatever phi is
+WITHIN = {"feature_variance": ".3f", "pairwise_distance": ".3f", "vendi_score": ".2f"}  # one phi
+
+
+def columns_of(preset: str, specs: Iterable[str]) -> tuple[dict, dict]:
+    """Quality and diversity columns of a table of these runs."""
+    if preset in COLUMNS:
+        return COLUMNS[preset]
+    one_phi = len({re.fullmatch(figures.RUN, spec)["encoder"] for spec in specs if spec != "base"}) < 2
+    return {"reward": ".3f"}, (WITHIN if one_phi else {}) | OUTSIDE
 
 
 def twin(runs: list[dict], preset: str, form: str = "markdown") -> str:
     """Table 1's twin at this scale, from the lines of runs.csv."""
-    quality, diversity = COLUMNS[preset]
+    quality, diversity = columns_of(preset, [row["run"] for row in runs])
     columns = quality | {"quality_norm_avg": ".3f"} | diversity | {"diversity_norm_avg": ".3f", "overall": ".3f"}
     return table(scores(runs, tuple(quality), tuple(diversity)), columns, form)
 
 
 def parse(spec: str) -> dict:
     """{"method", "space", "encoder", "weight"} of a run's name. Raises ValueError with the remedy."""
-    found = re.fullmatch(r"(?P<method>\w+)(@(?P<space>\w+))?(/(?P<encoder>\w+))?(:(?P<weight>[\d.eE+-]+))?", spec)
+    found = re.fullmatch(figures.RUN, spec)
     if not found:
         raise ValueError(f"cannot read the run {spec!r}; write METHOD[@SPACE][/ENCODER][:WEIGHT]")
     if found["method"] not in METHODS:
@@ -87,28 +102,30 @@ def parse(spec: str) -> dict:
     return chosen
 
 
-def refuse_doubles(specs: list[str], preset: str) -> None:
+def refuse_doubles(specs: list[str], preset: str, encoder: str | None = None) -> None:
     """Raise ValueError for a run that is there twice, by whatever name, or an encoder that the preset lacks."""
     seen = {}
     for spec in specs:
         chosen = parse(spec)
-        encoder = chosen["encoder"] = chosen["encoder"] or ENCODERS[preset][0]
-        if encoder not in ENCODERS[preset]:
+        phi = chosen["encoder"] or encoder or ENCODERS.get(preset, ("pickscore",))[0]
+        if preset in LARGE or is_own(phi):
+            check_name(phi)
+        elif phi not in ENCODERS[preset]:
             raise ValueError(f"unknown encoder in {spec!r}; {preset} has {', '.join(ENCODERS[preset])}")
         policy = METHODS[chosen["method"]](chosen["weight"], space=chosen["space"])
-        name = (chosen["method"], policy.space, encoder, policy.weight)
+        name = (chosen["method"], policy.space, phi, policy.weight)
         if name in seen:
             raise ValueError(f"{seen[name]} and {spec} are the same run; give one of them" if seen[name] != spec else
                              f"{spec} is given twice; its spread would be that of one run")  # fmt: skip
         seen[name] = spec
 
 
-def planned(preset: str, spec: str, seed: int, folder: Path, iterations: int | None = None) -> tuple[Path, dict]:
+def planned(work: Work, spec: str, seed: int, folder: Path) -> tuple[Path, dict]:
     """The folder of a run, and what `run` is to be called with."""
-    settings = dataclasses.replace(PRESETS[preset].settings, seed=seed)
-    if iterations is not None:
-        settings = dataclasses.replace(settings, iterations=iterations)
-    return folder / f"{re.sub('[@/:]', '_', spec)}_seed{seed}", {"preset": preset, "settings": settings, **parse(spec)}
+    plan = {"preset": work.preset, "settings": dataclasses.replace(work.settings, seed=seed), **parse(spec)}
+    plan["encoder"] = plan["encoder"] or work.encoder
+    plan |= {"options": work.options} if work.preset in LARGE else {}
+    return folder / (re.sub(r"[^\w.=+-]", "_", spec) + f"_seed{seed}"), plan
 
 
 def stored(folder: Path, plan: dict) -> dict | None:
@@ -124,21 +141,17 @@ def made_by(plan: dict) -> dict:
     return {"format": FORMAT, **described(**plan)}
 
 
-def one(preset: str, spec: str, seed: int, folder: Path, iterations: int | None = None) -> dict:
+def one(work: Work, spec: str, seed: int, folder: Path) -> dict:
     """Train and evaluate one run, or read it when it is there."""
-    torch.set_num_threads(1)
-    folder, plan = planned(preset, spec, seed, folder, iterations)
+    if work.preset not in LARGE:
+        torch.set_num_threads(1)
+    folder, plan = planned(work, spec, seed, folder)
     if found := stored(folder, plan):
         return found
     result = run(output_dir=folder, resume=True, progress=False, **plan)
-    entropy = {round(m["policy_entropy"], 12) for m in result["history"]}
-    row = {
-        "run": spec,
-        "seed": seed,
-        "policy_entropy_values": len(entropy),
-        "seconds": result["seconds"],
-        **result["final"],
-    }
+    entropies = len({round(m["policy_entropy"], 12) for m in result["history"]})
+    row = {"run": spec, "seed": seed, "policy_entropy_values": entropies, "seconds": result["seconds"]}
+    row |= result["final"]
     summary = {"made_by": made_by(plan), "row": row, "base": result["base"]}
     write_json(folder / "summary.json", summary)
     return summary
@@ -233,41 +246,37 @@ def front(runs: list[dict], column: str = "feature_variance") -> dict:
     base, points = float(runs[0][column]), {}
     for spec in dict.fromkeys(row["run"] for row in runs[1:]):
         mine = [row for row in runs if row["run"] == spec]
-        kind, _, weight = spec.partition(":")
+        weight = re.fullmatch(figures.RUN, spec)["weight"] or ""
+        kind = spec.removesuffix(f":{weight}")
         point = ([float(row[column]) / base for row in mine], [float(row["reward"]) for row in mine])
         points.setdefault(kind, []).append((float(weight or 0), weight and f"λ = {weight}", *point))
     return {kind: [tuple(point) for _, *point in sorted(rows)] for kind, rows in points.items()}
 
 
 @in_one_line
-class Comparison(Options):
+class Comparison(Work):
     """Many runs, one table: methods x weights x seeds, summarised as mean ± spread."""
 
-    preset: Literal[tuple(COLUMNS)] = "digits"  # what is trained on what
+    preset: Literal[tuple(PRESETS)] = "digits"  # what is trained on what
     runs: list[str] = Field(["flow_grpo", "pec:1", "pcvae:1"], min_length=1)  # METHOD[@SPACE][/ENCODER][:WEIGHT] ...
-    seeds: Annotated[int, Ge(1), Le(1000)] = 5  # seeds 0 .. n-1
-    iterations: Annotated[int, Ge(0), Le(10**6)] | None = None  # length of a run (None: the preset's)
-    jobs: Annotated[int, Ge(1), Le(1024)] = 1  # runs at a time, one CPU thread each
+    seeds: Annotated[int, Ge(1), Le(1000)] = 5  # this many, from --seed on
+    jobs: Annotated[int, Ge(1), Le(1024)] = 1  # runs at a time
     output_dir: Path = Path("outputs/compare")  # finished runs in it are not repeated
 
 
 def compare(arguments: list[str] | None) -> None:
-    options = read(Comparison, "ref.compare", arguments)
-    refuse_doubles(options.runs, options.preset)
-    folder = options.output_dir
-    plans = [
-        (options.preset, spec, seed, folder, options.iterations)
-        for seed in range(options.seeds)
-        for spec in options.runs
-    ]
+    given = asked(Comparison, "ref.compare", arguments)
+    refuse_doubles(given.runs, given.preset, given.encoder)
+    folder, first = given.output_dir, given.settings.seed
+    plans = [(given, spec, seed, folder) for seed in range(first, first + given.seeds) for spec in given.runs]
     with Alone(folder) as alone:
         for where, plan in (planned(*plan) for plan in plans):
             if not stored(where, plan):
                 refuse_another(where, described(**plan))  # now, not when its turn has come
-        results = finished(plans, options.jobs, alone.leave)
+        results = finished(plans, given.jobs, alone.leave)
         rows = [{"run": "base", "seed": "", "policy_entropy_values": "", "seconds": "", **results[0]["base"]}]
-        rows += sorted((r["row"] for r in results), key=lambda row: (options.runs.index(row["run"]), row["seed"]))
-        write_results(rows, options.preset, folder)
+        rows += sorted((r["row"] for r in results), key=lambda row: (given.runs.index(row["run"]), row["seed"]))
+        write_results(rows, given.preset, folder)
     print((folder / "table.md").read_text())
 
 
@@ -281,7 +290,9 @@ def write_results(rows: list[dict], preset: str, folder: Path) -> None:
         files[name] = (twin(rows, preset, form) + "\n").encode()
     for name, content in files.items():
         atomic_write(folder / name, lambda temporary: temporary.write_bytes(content))
-    figures.reward_diversity_front(front(rows, next(iter(COLUMNS[preset][1])))).savefig(folder / "front.png")
+    figures.reward_diversity_front(
+        front(rows, next(iter(columns_of(preset, [row["run"] for row in rows])[1])))
+    ).savefig(folder / "front.png")
 
 
 def main(arguments: list[str] | None = None) -> int:

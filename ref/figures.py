@@ -42,9 +42,13 @@ def color_of(kind: str) -> str:
     return COLORS[re.split("[@/:]", kind)[0]]
 
 
+RUN = r"(?P<method>\w+)(@(?P<space>\w+))?(/(?P<encoder>.+?))?(:(?P<weight>-?[\d.]+([eE][+-]?\d+)?))?"  # compare.py's
+
+
 def label(run: str) -> str:
-    """A run's name METHOD[@SPACE][/ENCODER][:WEIGHT] (compare.py) in words: 'PEC, kernel, λ = 1'."""
-    method, space, encoder, weight = re.fullmatch(r"(\w+)(?:@(\w+))?(?:/(\w+))?(?::(.+))?", run).groups()
+    """A run's name METHOD[@SPACE][/ENCODER][:WEIGHT] in words: 'PEC, kernel, λ = 1'."""
+    method, space, encoder, weight = re.fullmatch(RUN, run).group("method", "space", "encoder", "weight")
+    encoder = encoder and re.split("=|/(?=[^/]*$)", encoder)[0 if "=" in encoder else -1]  # without folders
     parts = [LABELS[method], space, encoder and f"φ = {encoder}", weight and f"λ = {weight}"]
     return ", ".join(part for part in parts if part)
 

@@ -90,7 +90,7 @@ def chosen(table: dict[str, Callable], encoder: str | Callable | None) -> Callab
         return load_own(encoder, ENCODER)
     if encoder is not None and encoder not in table:
         raise ValueError(
-            f"unknown encoder {encoder!r}; {near(encoder, table)}this preset has {', '.join(table)}, or FILE.py:NAME"
+            f"unknown encoder {encoder!r}; {near(encoder, table)}write FILE.py:NAME for your own; this preset has {', '.join(table)}"
         )
     return table[encoder or next(iter(table))]
 

@@ -103,9 +103,9 @@ def asked(declared: type[Work], program: str, arguments: list[str] | None) -> Wo
                     f"{given.output_dir} holds a run with {name} = {values[name]}, not {getattr(given, name)}; "
                     "choose another --output-dir"
                 )
-    elif given.preset in PRESETS:
-        own = PRESETS[given.preset]
-        values |= {"preset": given.preset, "options": own.options or Pipeline(), "settings": own.settings}
+    elif (preset := given.preset or declared.model_fields["preset"].default) in PRESETS:
+        own = PRESETS[preset]
+        values |= {"preset": preset, "options": own.options or Pipeline(), "settings": own.settings}
     if "settings" in values:
         preset = PRESETS[values["preset"]]
         values["options"], values["settings"] = preset.within(given.memory, values["options"], values["settings"])

@@ -3,15 +3,18 @@
 import csv
 import json
 import math
+import pickle
 
 import pytest
 import torch
 
 from ref import figures
-from ref.compare import COLUMNS, front, main, parse, scores, twin
+from ref.compare import COLUMNS, Comparison, front, main, one, parse, refuse_doubles, scores, twin, write_results
 from ref.metrics import normalized_average, overall
+from ref.train import asked
 
-from .tools import refusal
+from .small import LARGE_SETTINGS, options
+from .tools import flags, refusal
 
 
 def test_a_runs_name_is_read_whole():
@@ -77,6 +80,41 @@ def test_front_orders_weights_and_keeps_variants_apart():
     assert [note for note, *_ in points["pec"]] == ["λ = 0.5", "λ = 2"]
     figure = figures.reward_diversity_front(points)
     assert len(figure.axes[0].patches) == 4  # an ellipse for each point
+
+
+@pytest.mark.parametrize("method, phi", [("pec/dino=/models/dino:0.5", "dino"), ("pec/a b/my.py:phi:0.5", "my.py:phi")])
+def test_an_encoder_s_name_may_hold_a_folder_or_a_file(method, phi):
+    assert parse(method) | {"encoder": None} == {"method": "pec", "space": None, "encoder": None, "weight": 0.5}
+    assert parse(method)["encoder"] == method[4:-4]
+    assert figures.label(method) == f"PEC, φ = {phi}, λ = 0.5"
+
+
+def test_the_large_presets_are_compared(world, tmp_path):
+    """With model, reward and encoder of the command line; what is measured in phi is left out where runs differ in it."""
+    given = options(world, "sd3") | LARGE_SETTINGS | dict(iterations=1, updates=1, group_size=3, seed=5)
+    given |= dict(preset="sd35_medium", encoder=f"dino={world / 'dino'}", output_dir=tmp_path, reward="jpeg")
+    other = f"pec/clip={world / 'clip'}:0.5"
+    work = asked(Comparison, "ref.compare", [*flags(given), "--runs", "pec", "flow_grpo", other])
+    work = pickle.loads(pickle.dumps(work))  # as it goes to a job
+    assert work.settings.iterations == 1 and work.options.reward == "jpeg"
+    refuse_doubles(work.runs, work.preset, work.encoder)
+    found = [one(work, spec, 5, tmp_path) for spec in (*work.runs, "pec")]
+    assert found[0] == found[3]  # read, not trained again
+    record = json.loads(next(tmp_path.glob("pec_clip*_seed5/run.json")).read_text())
+    assert record["encoder"] == f"clip={world / 'clip'}" and record["options"]["reward"] == "jpeg"
+    rows = [{"run": "base", "seed": "", **found[0]["base"]}, *(each["row"] for each in found[:3])]
+    write_results(rows, work.preset, tmp_path)
+    head = (tmp_path / "table.md").read_text().splitlines()[0]
+    assert "pixel_variance" in head and "feature_variance" not in head
+    write_results(rows[:3], work.preset, tmp_path)
+    assert "feature_variance" in (tmp_path / "table.md").read_text().splitlines()[0]
+
+
+def test_a_large_run_s_encoder_is_checked_before_anything_is_trained(capsys):
+    command = ["--preset", "sd35_medium", "--runs", "pec/dion=x"]
+    assert "unknown encoder 'dion=x'; did you mean dino?" in refusal(main, command, capsys)
+    command = ["--preset", "flux_dev", "--encoder", "dino", "--runs", "pec", "pec/dino"]
+    assert "pec and pec/dino are the same run" in refusal(main, command, capsys)
 
 
 def test_the_command_writes_its_files_and_repeats_nothing(tmp_path, capsys):

@@ -101,9 +101,13 @@ def small_mixture(monkeypatch):
     monkeypatch.setitem(PRESETS, "mixture", dataclasses.replace(PRESETS["mixture"], settings=settings))
 
 
+def mixture(iterations: int) -> train.Work:
+    return train.Work(preset="mixture", settings=dataclasses.replace(PRESETS["mixture"].settings, iterations=iterations))
+
+
 def test_a_stored_result_is_served_to_those_settings_only(small_mixture, tmp_path, capsys, monkeypatch):
     def one(name, iterations):
-        row = compare.one("mixture", "pec", 0, tmp_path / name, iterations)["row"]
+        row = compare.one(mixture(iterations), "pec", 0, tmp_path / name)["row"]
         return {key: value for key, value in row.items() if key != "seconds"}
 
     short = one("a", 1)
@@ -119,10 +123,10 @@ def test_a_stored_result_is_served_to_those_settings_only(small_mixture, tmp_pat
 
 @pytest.mark.parametrize("summary", ["half a fi", "[]", '{"row": {}, "base": {}}', '{"made_by": {"format": 0}}', None])
 def test_a_summary_that_cannot_be_used_is_made_again(summary, small_mixture, tmp_path):
-    first = compare.one("mixture", "pec", 0, tmp_path, 1)
+    first = compare.one(mixture(1), "pec", 0, tmp_path)
     file = tmp_path / "pec_seed0" / "summary.json"
     file.write_text(summary if summary is not None else file.read_text().replace('"seed": 0', '"seed": 1'))
-    assert compare.one("mixture", "pec", 0, tmp_path, 1) == first == json.loads(file.read_text())
+    assert compare.one(mixture(1), "pec", 0, tmp_path) == first == json.loads(file.read_text())
 
 
 @pytest.mark.parametrize(
