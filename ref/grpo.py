@@ -149,7 +149,11 @@ def train(
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = learning_rate(settings, state.iteration)
         mine = [values[share.mine].flatten(0, 1) for values in (state.advantages, pairs)]
-        logs = [update(model, method, schedule, samples, *mine, part, state, settings) for part in layout]
+        logs = []
+        for n, part in enumerate(layout, state.iteration * settings.updates + 1):
+            logs.append(update(model, method, schedule, samples, *mine, part, state, settings))
+            if settings.ema and n % settings.ema_every == 0:
+                state.average(settings.ema)
         lap("update")
         state.iteration += 1
         state.samples = samples
@@ -222,8 +226,6 @@ def update(
     if not norm.isfinite():
         raise ValueError("the gradient is NaN or infinite; lower lr or noise_level, or raise the precision")
     state.optimizer.step()
-    for key, average in (state.ema or {}).items():
-        average.lerp_(weights[key].detach(), 1 - settings.ema)
     return {
         "ratio_error": over_processes(ratio_error, largest=True),
         "clip_fraction": over_processes(clipped) / total,

@@ -143,7 +143,11 @@ class FlowGRPO:
 
 
 class FlowGRPOKL(FlowGRPO):
-    """Adds beta KL(p_theta || p_base), the Gaussian KL ||mu - mu_base||^2 / (2 s^2), to the loss."""
+    """Adds beta KL(p_theta || p_base), the Gaussian KL ||mu - mu_base||^2 / (2 s^2), to the loss.
+
+    beta is per latent dimension, as log-densities are, and s^2 = g^2 dt. Flow-GRPO's code divides by g^2 alone: a beta
+    of its is beta dt_i here, on SD3's ten steps 0.04 to 0.27 of it; this 0.01 pulls there as its 0.04 would.
+    """
 
     default_weight = 0.01
     largest_weight = LARGEST

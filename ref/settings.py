@@ -79,7 +79,8 @@ class Settings:
         None  # train on so many extremes of a group, half and half (None: all)
     )
     grad_clip: Annotated[float, Gt(0), Le(10**12)] = 1.0  # largest gradient norm
-    ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay, once an optimiser step, of the averages that are saved; 0 is off
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay of the averaged weights, which are saved; 0 is off
+    ema_every: Annotated[int, Ge(1), Le(10**6)] = 1  # optimiser steps between two updates of the averages (Flow-GRPO 8)
     target_diversity: Annotated[float, Gt(0), Lt(10)] | None = (
         None  # in place of a weight: the share of the base model's
     )

@@ -58,6 +58,12 @@ class State:
         }
         self.optimizer.load_state_dict(saved["optimizer"] | {"state": moments})
 
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Move the averaged weights towards the weights."""
+        for name, weight in trainable(self.model).items():
+            self.ema[name].lerp_(weight, 1 - decay)
+
     @contextmanager
     def averaged(self):
         """Within this context the model has its averaged weights, where the run keeps such."""

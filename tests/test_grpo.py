@@ -283,6 +283,16 @@ def test_averaged_weights_move_once_an_optimiser_step_and_are_lent_not_given():
     assert all(torch.equal(weight, after[key]) for key, weight in trainable(model).items())
 
 
+def test_averages_wait_for_their_interval():
+    """Every third optimiser step, two an iteration: the third and the sixth."""
+    model, reward, phi = small_model()
+    settings = dataclasses.replace(SMALL, ema=0.75, ema_every=3, iterations=3, steps=3)
+    loop = train(model, PROMPTS, reward, phi, METHODS["flow_grpo"](clip=0.1), settings)
+    seen = [copy.deepcopy(trainable(model))] + [copy.deepcopy(state.ema) for state in loop]
+    changed = [any(not torch.equal(a[key], b[key]) for key in a) for a, b in zip(seen, seen[1:])]
+    assert changed == [False, True, True]
+
+
 def test_same_noise_and_trained_share_change_what_they_name_and_nothing_else():
     model, reward, phi = small_model()
 

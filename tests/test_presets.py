@@ -71,7 +71,7 @@ def test_dance_settings_share_the_noise_and_train_the_first_steps(world, tmp_pat
 
 
 def test_every_variant_says_what_it_is_and_the_others_are_refused():
-    assert len(LARGE) == 3
+    assert len(LARGE) == 6
     for name in LARGE:
         preset = PRESETS[name]
         for memory, change in preset.variants.items():
@@ -86,6 +86,37 @@ def test_every_variant_says_what_it_is_and_the_others_are_refused():
     flux = PRESETS["flux_dev"]
     with pytest.raises(ValueError, match="no variant for memory 24: it fits into 48 or 80 GB"):
         flux.within(24, flux.options, flux.settings)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_fast_twins_run_and_keep_the_ratio_at_exactly_one(kind, world, tmp_path):
+    name = f"{PRESET[kind]}_fast"
+    preset = PRESETS[name]
+    small = LARGE_SETTINGS | dict(
+        steps=preset.settings.steps, group_size=4, best_and_worst=preset.settings.best_and_worst and 2
+    )
+    own = options(world, kind) | dict(guidance_scale=preset.options.guidance_scale)
+    result = run(
+        name, "pec", tmp_path, settings=dataclasses.replace(preset.settings, **small), encoder=f"dino={world / 'dino'}",
+        progress=False, options=preset.options.model_copy(update=own),
+    )  # fmt: skip
+    assert [m["ratio_error"] for m in result["history"]] == [0.0, 0.0]
+    assert all(m["grad_norm"] > 0 for m in result["history"])
+
+
+def test_presets_are_what_they_are_named_after():
+    """Flow-GRPO's tokens, averages and deviation; DanceGRPO's 9 of 16 steps; and twins that differ as they say."""
+    for name in ("sd35_medium", "flux_dev"):
+        own = PRESETS[name]
+        assert own.options.max_sequence_length == 128
+        assert (own.settings.ema, own.settings.ema_every, own.settings.global_std) == (0.9, 8, True)
+    assert PRESETS["flux_dance"].settings.trainable_steps == 9 and PRESETS["flux_dance"].settings.trained_at_random
+    assert PRESETS["flux_dev_720"].settings.trainable_steps == 10
+    for name in ("digits", "sd35_medium", "flux_dev"):
+        base, fast = (dataclasses.asdict(PRESETS[n].settings) for n in (name, f"{name}_fast"))
+        differ = {key for key in base if base[key] != fast[key]}
+        assert differ <= {"same_noise", "trained", "window", "tail_steps", "best_and_worst"}
+    assert PRESETS["sd35_medium_fast"].options.guidance_scale == 1
 
 
 REFUSED = {

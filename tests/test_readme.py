@@ -81,7 +81,7 @@ def test_the_memory_table_says_what_the_presets_do():
     """The one in presets.py: every variant's micro-batch, and whether it is checkpointed."""
     from ref import presets
 
-    for name in presets.LARGE:
+    for name in ("sd35_medium", "flux_dev", "flux_dev_720"):
         cells = re.search(rf"^\| `{name}`.*GiB.*$", presets.__doc__, re.M)[0].split("|")[-4:-1]
         for memory, cell in zip((24, 48, 80), cells):
             variant = presets.PRESETS[name].variants.get(memory)
@@ -90,3 +90,5 @@ def test_the_memory_table_says_what_the_presets_do():
                 continue
             assert int(re.match(r"\s*(\d+)", cell)[1]) == variant["micro_batch"]
             assert ("ckpt" in cell) == ("gradient_checkpointing" in variant)
+    twins = {"sd35_medium_fast": "sd35_medium", "flux_dev_fast": "flux_dev", "flux_dance": "flux_dev_720"}
+    assert all(presets.PRESETS[name].variants == presets.PRESETS[of].variants for name, of in twins.items())
