@@ -309,6 +309,7 @@ for name, row in zip(("base", *RUNS), rows):
         arguments = ["--model", source.model, "--name", figures.LABELS[name], "--output", row, "--steps", steps]
         arguments += ["--height", size[0], "--width", size[1], "--images-per-prompt", K]
         arguments += ["--prompts", options.evaluation_prompts or "evaluation"]
+        arguments += ["--run", OUTPUT / "flow_grpo"]  # the guidance and the time grid of training, also for the base
         arguments += ["--lora", OUTPUT / name / "weights"] if name in RUNS else []
         arguments += [a for option, values in TABLE.items() for a in (f"--{option}", *values)]
         assert evaluate.main([str(a) for a in arguments]) == 0

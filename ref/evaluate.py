@@ -4,6 +4,10 @@
     python -m ref.evaluate --model black-forest-labs/FLUX.1-dev --lora outputs/flux/weights --name PEC --output pec.csv
     python -m ref.evaluate --table sd35.csv pec.csv
 
+The stock pipeline's guidance is not training's (7.0 and 4.5 on SD3), nor may its time grid be. A row of a run's weights
+is drawn as the run's own evaluations: guidance, shift and size are those of run.json, unless they are given. The base
+model's row beside it wants the same: `--run outputs/flux`.
+
 For each prompt K images are drawn from seeds that depend on (prompt's number, image's number) alone, so rows
 differ by their models. Quality columns are mean rewards (rewards.py), diversity columns are measured within
 a prompt and averaged over prompts (metrics.py):
@@ -26,17 +30,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import Field
 from torch import Tensor
 
 from ref import metrics
-from ref.models.hub import locate
-from ref.models.lora import attach, find
+from ref.models.lora import find
 from ref.models.prompts import read_prompts
+from ref.models.stock import drawing, load_pipeline
 from ref.options import Options, Pixels, command, near, read
 from ref.sampling import ask, generator_for
 from ref.scale.checkpoint import atomic_write
+from ref.scale.directory import RECORD, read_record
 from ref.scale.memory import out_of_memory
 from ref.scale.paths import refuse_unwritable
 from ref.scale.textfiles import read_table
@@ -63,18 +68,6 @@ DIVERSITY = {
 }
 
 
-def load_pipeline(model: str, lora: str | None, device: str):
-    """Any diffusers pipeline, in bfloat16 on a GPU, with a LoRA, or all weights, if such are given (models/lora.py).
-
-    Raises OSError or ValueError in one line with the remedy.
-    """
-    pipe = locate(model).whole(torch.float32 if device == "cpu" else torch.bfloat16)
-    if lora is not None:
-        attach(pipe, lora)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
 def draw(pipe, prompt: str, number: int, count: int, batch: int, **options) -> Tensor:
     """`count` images [K, 3, H, W] in [0, 1] of the prompt with this number, on the CPU."""
     seeds = [generator_for("evaluate", number, k) for k in range(count)]
@@ -98,7 +91,7 @@ def evaluate(
 
     rewards, encoders   column -> reward model; name -> encoder
     keep                called with (number, images) of every prompt
-    options             of the pipeline: num_inference_steps, guidance_scale, height, width
+    options             of the pipeline: num_inference_steps, guidance_scale, height, width, sigmas
 
     Raises ValueError naming network and prompt for a NaN.
     """
@@ -191,14 +184,35 @@ class Evaluation(Options):
     rewards: list[str] = Field(["pickscore", "aesthetic", "image_reward", "clip_score", "hpsv2"])  # of quality
     encoders: list[str] = Field(["dino", "clip", "pickscore"])  # spaces of diversity
     steps: Annotated[int, Ge(1), Le(1000)] | None = None  # denoising steps (None: the pipeline's)
-    guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None  # (None: the pipeline's)
-    height: Pixels | None = None  # in pixels (None: the pipeline's)
-    width: Pixels | None = None  # in pixels (None: the pipeline's)
+    run: Path | None = None  # a run's folder: drawn with its guidance, shift and size (None: that of --lora)
+    guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None  # (None: the run's, or the pipeline's)
+    shift: Annotated[float, Gt(0), Le(100)] | None = None  # of the time grid (None: the run's, or the pipeline's)
+    height: Pixels | None = None  # in pixels (None: the run's, or the pipeline's)
+    width: Pixels | None = None  # in pixels (None: the run's, or the pipeline's)
     batch: Annotated[int, Ge(1), Le(10**4)] = 4  # images at once
     images: Path | None = None  # folder for the images as PNG
     output: Path | None = None  # the row as CSV, or the table (None: standard output)
     table: list[Path] = Field([])  # build the table of these rows instead
     form: Literal["markdown", "latex", "csv"] = "markdown"  # of the table
+
+
+def as_trained(options: Evaluation) -> Evaluation:
+    """The options with what they leave open as the run drew it, where `run` or the LoRA's own folder tells."""
+    folder = options.run
+    if options.lora:
+        beside = find(options.lora).parent
+        if folder is None and beside.name == "weights" and (beside.parent / RECORD).exists():
+            folder = beside.parent
+    if folder is None:
+        return options
+    names = ("guidance_scale", "shift", "height", "width")
+    trained = read_record(folder, ("options",), of_options=names)["options"]
+    left = {name: trained[name] for name in names if getattr(options, name) is None}
+    print(
+        f"drawn as in {folder / RECORD}: {', '.join(f'{name} {value}' for name, value in left.items() if value)}",
+        file=sys.stderr,
+    )
+    return Evaluation(**options.model_dump() | left | {"run": folder})
 
 
 def row(options: Evaluation) -> dict:
@@ -210,8 +224,7 @@ def row(options: Evaluation) -> dict:
         check_name(encoder)
     for reward in options.rewards:
         check_prompts(reward, prompts)
-    if options.lora:
-        find(options.lora)
+    options = as_trained(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {name.partition("=")[0]: load_encoder(name, device) for name in options.encoders}
     rewards = {}
@@ -219,11 +232,8 @@ def row(options: Evaluation) -> dict:
         name = spec.partition("=")[0]
         rewards[REWARDS.get(name, name)] = load_reward(spec, device, encoders=encoders.values())
     pipe = load_pipeline(options.model, options.lora, device)
-    given = dict(
-        num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
-        height=options.height, width=options.width,
-    )  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: getattr(options, name) for name in ("guidance_scale", "height", "width")}
+    given = drawing(pipe, options.shift, bool(options.run), num_inference_steps=options.steps, **given)
     keep = (lambda number, images: save_images(options.images, number, images)) if options.images else None
     values = evaluate(pipe, prompts, options.images_per_prompt, rewards, encoders, options.batch, keep, **given)
     name = options.name or " + ".join(filter(None, (options.model, options.lora)))

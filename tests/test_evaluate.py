@@ -1,14 +1,17 @@
 """A row of the tables for any pipeline, and the table of many rows."""
 
 import csv
+import json
 import math
 
 import pytest
 import torch
 
 from ref import evaluate
+from ref.models.load import load
+from ref.schedule import time_grid
 
-from .small import PRESET
+from .small import PRESET, pipeline
 from .tools import DATA, refusal
 
 
@@ -75,3 +78,35 @@ def test_a_table_leaves_empty_columns_out(tmp_path, capsys):
 )
 def test_evaluation_names_what_is_wrong(arguments, message, capsys):
     assert message in refusal(evaluate.main, arguments, capsys)
+
+
+@pytest.mark.parametrize("kind, guidance, shift", [("sd3", None, 2.0), ("flux", 2.5, 3.0), ("flux", 2.5, None)])
+def test_a_run_s_weights_are_drawn_at_the_guidance_and_shift_of_their_training(
+    kind, guidance, shift, world, tmp_path, monkeypatch, capsys
+):
+    """The stock pipeline would take its own: 7.0 on SD3, 3.5 on FLUX, and its own time grid."""
+    options = pipeline(world, kind, guidance_scale=guidance, shift=shift)
+    described = {"preset": PRESET[kind], "options": options.model_dump(mode="json"), "settings": {}}
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    model = load(world / kind, ["an owl"], 32, 32, lora_rank=4, max_sequence_length=16, cache_dir=tmp_path / "cache")
+    model.save(tmp_path / "weights")
+    model.guidance_scale, model.shift = guidance or model.guidance_scale, shift
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda pipe, *_, **given: seen.append((pipe, given)) or {})
+    fixed = dict(
+        model=str(world / kind), rewards=["jpeg"], encoders=[], steps=3, prompts=str(world / "evaluation.jsonl")
+    )
+    for more in (dict(lora=str(tmp_path / "weights")), dict(run=tmp_path)):  # the tuned row, and the base model's
+        evaluate.row(evaluate.Evaluation(**fixed, **more))
+        pipe, given = seen.pop()
+        assert given["guidance_scale"] == model.guidance_scale and given["height"] == options.height
+        assert "run.json: " in capsys.readouterr().err
+        evaluate.draw(pipe, "an owl", 0, 1, 1, **given)
+        torch.testing.assert_close(pipe.scheduler.sigmas, model.schedule(3).sigmas, rtol=0, atol=2e-7)
+    evaluate.row(evaluate.Evaluation(**fixed, lora=str(tmp_path / "weights"), guidance_scale=1.5, shift=1.25))
+    pipe, given = seen.pop()
+    assert given["guidance_scale"] == 1.5  # what is given goes before
+    evaluate.draw(pipe, "an owl", 0, 1, 1, **given)
+    torch.testing.assert_close(pipe.scheduler.sigmas, time_grid(3, 1.25), rtol=0, atol=2e-7)
+    evaluate.row(evaluate.Evaluation(**fixed))
+    assert "guidance_scale" not in seen.pop()[1]
