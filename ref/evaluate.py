@@ -15,6 +15,7 @@ a prompt and averaged over prompts (metrics.py):
     var_X                           feature variance, trace of the covariance, times 100; X = dino, clip, pickscore
     dino_diversity, clip_diversity  mean pairwise L2 distance of unit-norm features
 
+Other rewards and encoders that are asked for have columns of their own, called as they are, and count in Norm.Avg too.
 What was not asked for stays empty, as var_image_reward always does: ImageReward reads image and prompt
 together, and the paper's page does not say which of its features are meant. Norm.Avg leaves empty cells
 out. The paper prints DINO and CLIP distances on another scale (a reading: features that are not
@@ -26,6 +27,7 @@ import io
 import math
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,7 +48,8 @@ from ref.scale.memory import out_of_memory
 from ref.scale.paths import refuse_unwritable
 from ref.scale.textfiles import read_table
 from ref.scoring.encoders import check_name, load_encoder
-from ref.scoring.load import check_prompts, load_reward
+from ref.scoring.load import check_prompts, load_reward, parse
+from ref.scoring.own import is_own
 from ref.settings import in_one_line
 
 REWARDS = {  # name in rewards.py -> column
@@ -58,6 +61,7 @@ REWARDS = {  # name in rewards.py -> column
     "unified_reward": "unified_reward",
 }
 QUALITY = dict(zip(REWARDS.values(), (".3f", ".3f", ".3f", ".3f", ".3f", ".3f")))
+SPACES = r"var_(.+)|(.+)_diversity"
 DIVERSITY = {
     "dino_diversity": ".3f",
     "clip_diversity": ".3f",
@@ -111,6 +115,32 @@ def evaluate(
     return {column: sum(each) / len(each) for column, each in values.items()}
 
 
+def column_of(reward: str) -> str:
+    """What a reward's column is called: its specification without sources, or as the paper has it."""
+    terms = [name if weight == 1 else f"{name}:{weight:g}" for weight, name, _ in parse(reward)]
+    return REWARDS.get("+".join(terms), "+".join(terms))
+
+
+def kind_of(column: str) -> str | None:
+    """ "quality", "diversity", or None for what is no column of a table."""
+    with suppress(ValueError, OSError):
+        space = re.fullmatch(SPACES, column)
+        if column in DIVERSITY or space and (is_own(space[1] or space[2]) or not check_name(space[1] or space[2])):
+            return "diversity"
+    with suppress(ValueError):
+        if column in QUALITY or column not in REWARDS and parse(column):
+            return "quality"
+    return None
+
+
+def columns(rows: list[dict], kind: str) -> dict[str, str]:
+    """The columns of this kind with their formats, the paper's first."""
+    own = dict.fromkeys(column for row in rows for column in row if column != "name" and kind_of(column) == kind)
+    return {"quality": QUALITY, "diversity": DIVERSITY}[kind] | {
+        c: ".3f" for c in own if c not in (*QUALITY, *DIVERSITY)
+    }
+
+
 def read_rows(files: list[Path]) -> list[dict]:
     """Rows of the files, in their order, with "name" and a number or None for every column of the tables.
 
@@ -121,14 +151,15 @@ def read_rows(files: list[Path]) -> list[dict]:
     for file in files:
         for line, cells in read_table(file, ("name", "method")):
             place, name = f"{file}, line {line}", cells.get("name") or cells.get("method")
-            for column in cells.keys() - set(known):
+            asked = [*known, *(column for column in cells if column not in known and kind_of(column))]
+            for column in cells.keys() - set(asked):
                 if guess := near(column, set(known) - cells.keys(), alike=0.85):
                     raise ValueError(f"{file}, line 1: unknown column {column!r}; {guess}rename or remove it")
-            if not set(known) & cells.keys():
+            if not set(asked) & cells.keys():
                 raise ValueError(f"{file}, line 1: no column of the tables; give one of {', '.join(known)}")
             if not name:
                 raise ValueError(f"{place}: no name; a row is what --output writes")
-            values = {column: number(place, column, cells.get(column, "")) for column in known}
+            values = {column: number(place, column, cells.get(column, "")) for column in asked}
             words = {column: cell for column, cell in cells.items() if not re.fullmatch(r"[-+.\deE]*", cell)}
             row = (name, *words.items())  # table 1 has a method in several spaces
             if row in seen:
@@ -152,16 +183,18 @@ def number(place: str, column: str, cell: str) -> float:
 
 def table(rows: list[dict], form: str = "markdown") -> str:
     """Rows of `read_rows` with Norm.Avg of quality and diversity, and Overall. Columns without any value are left out."""
-    columns, averages = {}, []
-    for kind, names in (("quality", QUALITY), ("diversity", DIVERSITY)):
+    shown, averages = {}, []
+    for kind in ("quality", "diversity"):
+        names = columns(rows, kind)
+        rows = [dict.fromkeys(names, math.nan) | row for row in rows]
         average = metrics.normalized_average(torch.tensor([[row[c] for c in names] for row in rows]))
         averages.append(average)
-        columns |= {c: f for c, f in names.items() if any(not math.isnan(row[c]) for row in rows)}
-        columns[f"{kind}_norm_avg"] = ".3f"
+        shown |= {c: f for c, f in names.items() if any(not math.isnan(row[c]) for row in rows)}
+        shown[f"{kind}_norm_avg"] = ".3f"
         rows = [row | {f"{kind}_norm_avg": a} for row, a in zip(rows, average.tolist())]
     rows = [row | {"overall": o} for row, o in zip(rows, (sum(averages) / 2).tolist())]
     known = [{k: v if k == "name" or not math.isnan(v) else None for k, v in row.items()} for row in rows]
-    return metrics.table(known, columns | {"overall": ".3f"}, form)
+    return metrics.table(known, shown | {"overall": ".3f"}, form)
 
 
 def save_images(folder: Path, number: int, images: Tensor) -> None:
@@ -224,13 +257,16 @@ def row(options: Evaluation) -> dict:
         check_name(encoder)
     for reward in options.rewards:
         check_prompts(reward, prompts)
+    if len({column_of(reward) for reward in options.rewards}) < len(options.rewards):
+        raise ValueError(f"--rewards has one twice: {' '.join(options.rewards)}; a row has one column for each")
+    if options.lora:
+        find(options.lora)
     options = as_trained(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {name.partition("=")[0]: load_encoder(name, device) for name in options.encoders}
     rewards = {}
     for spec in options.rewards:
-        name = spec.partition("=")[0]
-        rewards[REWARDS.get(name, name)] = load_reward(spec, device, encoders=encoders.values())
+        rewards[column_of(spec)] = load_reward(spec, device, encoders=encoders.values())
     pipe = load_pipeline(options.model, options.lora, device)
     given = {name: getattr(options, name) for name in ("guidance_scale", "height", "width")}
     given = drawing(pipe, options.shift, bool(options.run), num_inference_steps=options.steps, **given)

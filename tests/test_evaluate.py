@@ -67,6 +67,31 @@ def test_a_table_leaves_empty_columns_out(tmp_path, capsys):
     assert "**0.300**" in tuned and "**0.70**" not in tuned and "**0.80**" in base
 
 
+def test_every_reward_and_encoder_asked_for_is_in_the_table(world, tmp_path, capsys):
+    """A row's columns, the paper's or not, are the table's: here a rule, a sum, one's own reward and encoder."""
+    (tmp_path / "mine.py").write_text("red = lambda images, prompts: images[:, 0].mean((1, 2))\n"
+                                      "phi = lambda images: images.mean((2, 3))\n")  # fmt: skip
+    red, phi = f"{tmp_path}/mine.py:red", f"{tmp_path}/mine.py:phi"
+    arguments = ["--prompts", str(world / "evaluation.jsonl"), "--images-per-prompt", "2", "--steps", "1",
+                 "--rewards", "jpeg", f"pickscore:0.5={world / 'clip'}+jpeg:2", red, "--encoders", phi,
+                 "--height", "32", "--width", "32"]  # fmt: skip
+    files = [str(tmp_path / f"{kind}.csv") for kind in PRESET]
+    for kind, file in zip(PRESET, files):
+        named = ["--model", str(world / kind), "--name", kind, "--output", file]
+        assert evaluate.main([*named, *arguments]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["--table", *files, "--form", "csv"]) == 0
+    said = capsys.readouterr()
+    assert "warning: 2 rows" in said.err
+    rows = list(csv.DictReader(said.out.splitlines()))
+    assert {"jpeg", "pickscore:0.5+jpeg:2", red.casefold(), f"var_{phi}".casefold()} < set(rows[0])
+    shares = [sum(float(a[c]) > float(b[c]) for c in ("jpeg", "pickscore:0.5+jpeg:2", red.casefold())) / 3
+              for a, b in (rows, rows[::-1])]  # fmt: skip
+    assert [float(row["quality_norm_avg"]) for row in rows] == pytest.approx(shares, abs=1e-3)
+    assert sorted(float(row["diversity_norm_avg"]) for row in rows) in ([0, 1], [0.5, 0.5])
+    assert "has one twice" in refusal(evaluate.main, ["--model", "x", "--rewards", "jpeg", "jpeg"], capsys)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -102,7 +102,9 @@ def small_mixture(monkeypatch):
 
 
 def mixture(iterations: int) -> train.Work:
-    return train.Work(preset="mixture", settings=dataclasses.replace(PRESETS["mixture"].settings, iterations=iterations))
+    return train.Work(
+        preset="mixture", settings=dataclasses.replace(PRESETS["mixture"].settings, iterations=iterations)
+    )
 
 
 def test_a_stored_result_is_served_to_those_settings_only(small_mixture, tmp_path, capsys, monkeypatch):
