@@ -8,8 +8,8 @@ import torch
 from annotated_types import Ge, Le
 from tyro.conf import arg
 
+from ref.benchmark.flow_grpo import text_encoders
 from ref.benchmark.measure import benchmark, report
-from ref.benchmark.naive import text_encoders
 from ref.options import command
 from ref.presets import LARGE, PRESETS
 from ref.scale.directory import write_json
@@ -26,7 +26,7 @@ class Benchmark(Work):
 
     repeats: Annotated[int, Ge(3), Le(10**6)] = 9  # rounds that count
     warmup: Annotated[int, Ge(1), Le(10**6)] = 2  # rounds before them
-    compare_naive: bool = False  # run the field's usual way beside ours
+    compare_flow_grpo: bool = False  # run Flow-GRPO's order of work beside ours
     threads: Annotated[int, Ge(1), Le(1024)] | None = None  # on the CPU (None: torch's)
     json_file: Annotated[Path | None, arg(name="json")] = None  # write all numbers here
 
@@ -39,9 +39,9 @@ def benchmark_as_asked(arguments: list[str] | None) -> None:
         torch.set_num_threads(given.threads)
     task = PRESETS[given.preset].task(given.encoder, given.options if given.preset in LARGE else None)
     # before the trial, which must not give away the memory that the text encoders take
-    naive = text_encoders(task.model) if given.compare_naive else None
+    baseline = text_encoders(task.model) if given.compare_flow_grpo else None
     settings = fitted(task.model, task.prompts, given.settings)
-    result = {"preset": given.preset} | benchmark(task, settings, given.repeats, given.warmup, naive)
+    result = {"preset": given.preset} | benchmark(task, settings, given.repeats, given.warmup, baseline)
     print(report(result))
     if given.json_file:
         write_json(given.json_file, result)

@@ -2,7 +2,7 @@
 
     python -m ref.benchmark --preset digits --json digits.json
     python -m ref.benchmark --preset sd35_medium --memory 80          # and every other option of ref.train
-    python -m ref.benchmark --preset flux_dev --compare-naive         # see naive.py
+    python -m ref.benchmark --preset flux_dev --compare-flow-grpo     # see flow_grpo.py
 
 **Alternation.** A machine's speed drifts, so Flow-GRPO, PEC and PCVAE take turns, one iteration each, on the
 same model in the same process; each round another goes first. Numbers are medians and quartiles.
@@ -22,13 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ref.benchmark.naive import against_naive
+from ref.benchmark.flow_grpo import against
 from ref.grpo import calibrate_on, start, train
 from ref.methods import METHODS
 from ref.presets import Task
@@ -66,11 +66,45 @@ def flops(model, conditioning: dict[str, Tensor], backward: bool = False) -> int
     return counter.get_total_flops() - (flops(model, conditioning) if again else 0)
 
 
+def expected_passes(settings: Settings) -> tuple[float, float]:
+    """Evaluations of the velocity for an image in an iteration: (drawn, trained), with guidance each is two passes.
+
+    The mean over the places of a random window. Groups without a spread are not trained on: this is the most.
+    """
+    N, S, K = settings.steps, settings.trainable_steps, settings.group_size
+    drawn = float(N)
+    if settings.window is not None:
+        S, drawn = settings.window, 0.0
+        places = settings.trainable_steps - S + 1
+        for before in range(places):
+            after = N - before - S
+            shared = before / K if settings.same_noise else before
+            drawn += (shared + S + min(settings.tail_steps or after, after)) / places
+    return drawn, S * (settings.best_and_worst or K) / K
+
+
 def phase_flops(settings: Settings, forward: int, both: int) -> dict[str, int]:
     """FLOPs of the phases of an iteration, all G K samples."""
-    images, trained = settings.groups * settings.group_size, settings.trained * settings.steps
-    steps = settings.window or sum(i < trained for i in range(settings.steps - 1))
-    return {"sample": images * settings.steps * forward, "update": images * steps * both}
+    images, (drawn, trained) = settings.groups * settings.group_size, expected_passes(settings)
+    return {"sample": round(images * drawn * forward), "update": round(images * trained * both)}
+
+
+class Passes:
+    """Counts a network's passes by a hook: samples times branches of guidance, "forward" alone and "trained"."""
+
+    def __init__(self, model):
+        self.count = {"forward": 0, "trained": 0}
+        network = getattr(model, "transformer", None) or model.residual  # of the toy in the plane
+        self.hook = network.register_forward_pre_hook(self.add, with_kwargs=True)
+
+    def add(self, module, inputs, named) -> None:
+        x = named["hidden_states"] if "hidden_states" in named else inputs[0]
+        self.count["trained" if torch.is_grad_enabled() else "forward"] += len(x)
+
+    def since(self, images: int) -> dict[str, float]:
+        """Passes for each of so many images since it was last asked."""
+        found, self.count = self.count, {"forward": 0, "trained": 0}
+        return {name: n / images for name, n in found.items()}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -100,7 +134,7 @@ def rounds(task: Task, settings: Settings, methods: tuple[str, ...], repeats: in
         for m in methods
     }
     device, dtype = next(model.parameters()).device, getattr(model, "dtype", torch.float32)
-    measured = []
+    measured, counter = [], Passes(model)
     with tempfile.TemporaryDirectory() as folder:
         for n in range(-warmup, repeats):
             row = {"matmul": matmul_rate(device, dtype)}
@@ -109,15 +143,19 @@ def rounds(task: Task, settings: Settings, methods: tuple[str, ...], repeats: in
                 began = time.perf_counter()
                 checkpoint.save(Path(folder), checkpoint.snapshot(state.state_dict()))
                 row[m] = {k: v for k, v in state.metrics.items() if k.startswith(("seconds", "peak"))}
+                row[m]["passes"] = counter.since(settings.groups * settings.group_size)
                 row[m]["seconds_checkpoint"] = time.perf_counter() - began
             measured += [row] if n >= 0 else []
+    counter.hook.remove()
     return measured
 
 
-def benchmark(task: Task, settings: Settings, repeats: int = 9, warmup: int = 2, naive: Callable | None = None) -> dict:
+def benchmark(
+    task: Task, settings: Settings, repeats: int = 9, warmup: int = 2, baseline: Callable | None = None
+) -> dict:
     """Everything of the module's docstring, ready for JSON. Seconds, images a second, GiB, FLOPs.
 
-    naive: the text encoders (`naive.text_encoders`) with which the field's usual way is to be run, if at all.
+    baseline: the text encoders (`flow_grpo.text_encoders`) with which Flow-GRPO's order of work is to be run, if at all.
     """
     if repeats < 3 or warmup < 1:
         raise ValueError(f"repeats must be at least 3 and warmup at least 1, got {repeats} and {warmup}")
@@ -145,6 +183,7 @@ def benchmark(task: Task, settings: Settings, repeats: int = 9, warmup: int = 2,
         "images_per_second": spread(
             [settings.groups * settings.group_size / row["pec"]["seconds"] for row in measured]
         ),
+        "passes": {name: mean(row["pec"]["passes"][name] for row in measured) for name in ("forward", "trained")},
         "peak_gib": peak,
         "matmul_tflops": spread([row["matmul"] / 1e12 for row in measured]),
         "flops": {"forward": forward, "forward_and_backward": both, **work},
@@ -156,9 +195,9 @@ def benchmark(task: Task, settings: Settings, repeats: int = 9, warmup: int = 2,
             m: spread([row[m]["seconds"] / base for row, base in zip(measured, alone)]) for m in ("pec", "pcvae")
         },
     }
-    if naive:
-        result["naive"] = against_naive(task, settings, METHODS["pec"](clip=settings.clip), repeats, naive)
-        result["naive"]["speedup"] = spread(result["naive"]["speedup"])
+    if baseline:
+        result["flow_grpo"] = against(task, settings, METHODS["pec"](clip=settings.clip), repeats, baseline)
+        result["flow_grpo"]["ratio"] = spread(result["flow_grpo"]["ratio"])
     return result
 
 
@@ -196,11 +235,14 @@ def report(result: dict) -> str:
         lines.append(f"\n{method}, milliseconds")
         lines += [f"  {'iteration' if name == 'seconds' else name:<12}{form(s, 1e3)}" for name, s in phases.items()]
     lines.append(f"\nimages a second {form(result['images_per_second'])}")
+    lines.append("passes an image  " + " + ".join(f"{n:.2f} {name}" for name, n in result["passes"].items()))
     lines.append(f"peak memory     {result['peak_gib']:9.2f} GiB")
     lines.append(f"matmul, TFLOP/s {form(result['matmul_tflops'])}")
     lines += [f"use in {name:<8} {form(s, 100)} %" for name, s in result["utilisation"].items()]
     lines += [f"{name:<5} / Flow-GRPO {form(s)}" for name, s in result["ratio"].items()]
-    if "naive" in result:
-        lines.append(f"\nnaive / ours    {form(result['naive']['speedup'])}; largest differences, relative:")
-        lines += [f"  {name:<12} {value:.1e}" for name, value in result["naive"]["difference"].items()]
+    if "flow_grpo" in result:
+        lines.append(
+            f"\nFlow-GRPO's order of work / ours {form(result['flow_grpo']['ratio'])}; largest differences, relative:"
+        )
+        lines += [f"  {name:<12} {value:.1e}" for name, value in result["flow_grpo"]["difference"].items()]
     return "\n".join(lines)

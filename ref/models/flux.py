@@ -47,7 +47,7 @@ class Flux(TextToImage):
         return (self.tokens, self.transformer.config.in_channels)
 
     @staticmethod
-    def encode_text(text, prompt: str, max_sequence_length: int) -> tuple[Tensor, Tensor]:
+    def encode_text(text, prompt: str | list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
         return text.encode_prompt(prompt, max_sequence_length=max_sequence_length)[:2]
 
     def unshifted(self, steps: int) -> list[float]:

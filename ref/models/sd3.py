@@ -35,7 +35,7 @@ class SD3(TextToImage):
         return transformer["pos_embed_max_size"]
 
     @staticmethod
-    def encode_text(text, prompt: str, max_sequence_length: int) -> tuple[Tensor, Tensor]:
+    def encode_text(text, prompt: str | list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
         embeds, _, pooled, _ = text.encode_prompt(
             prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
         )

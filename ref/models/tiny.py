@@ -1,7 +1,7 @@
 """Tiny pipelines of the real classes with random weights: whole, on disk, made in a second without a network.
 
     python -m ref.models.tiny DIR            # DIR/sd3, DIR/flux, DIR/clip, DIR/dino, DIR/mask2former
-    python -m ref.models.tiny DIR --wide     # transformers as wide as the big ones, two blocks deep, 3 GB
+    python -m ref.models.tiny DIR --wide     # transformers 512 and 768 wide, two blocks deep
 
 `sd3` and `flux` are complete diffusers folders (tokenizers, text encoders, transformer, VAE,
 scheduler), `clip`, `dino` and `mask2former` complete transformers folders. They hold nothing that was learnt and
@@ -23,9 +23,9 @@ from ref.options import Options, command, read
 from ref.settings import in_one_line
 
 WIDTH = 32  # of every transformer here but the wide ones
-WIDE = {  # of SD3.5-Medium and FLUX.1-dev
-    "sd3": dict(num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536),
-    "flux": dict(num_attention_heads=24, attention_head_dim=128, axes_dims_rope=(16, 56, 56)),
+WIDE = {  # a third and a quarter of SD3.5-Medium's width and FLUX.1-dev's
+    "sd3": dict(num_attention_heads=8, attention_head_dim=64, caption_projection_dim=512),
+    "flux": dict(num_attention_heads=6, attention_head_dim=128, axes_dims_rope=(16, 56, 56)),
 }
 
 
@@ -204,7 +204,7 @@ class Tiny(Options):
     """Tiny random pipelines, saved as folders."""
 
     folder: Positional[Path]  # gets a subfolder for each of them
-    wide: bool = False  # transformers as wide as SD3.5-Medium's and FLUX.1-dev's
+    wide: bool = False  # transformers so wide that arithmetic takes the time
 
 
 def make(arguments: list[str] | None) -> None:

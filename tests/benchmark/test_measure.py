@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ref.benchmark.measure import benchmark, flops, phase_flops
+from ref.benchmark.measure import benchmark, expected_passes, flops, phase_flops
 from ref.presets import PRESETS
 from ref.settings import Settings
 
@@ -42,6 +42,32 @@ def test_every_phase_is_measured():
         assert 0 < parts < 1.5 * phases["seconds"]["median"]
     assert set(result["ratio"]) == {"pec", "pcvae"} and result["flops"]["sample"] > 0
     assert all(0 < use["median"] < 1 for use in result["utilisation"].values())
+
+
+@pytest.mark.parametrize(
+    "changes, drawn, trained",
+    [
+        ({}, 10, 9),
+        (dict(trained=0.6), 10, 6),
+        (dict(window=3), 10, 3),
+        (dict(window=3, trained=0.5), 10, 3),
+        (dict(window=3, trained=0.5, same_noise=True), (0 + 1 / 4 + 2 / 4) / 3 + (10 + 9 + 8) / 3, 3),
+        (dict(window=3, trained=0.5, tail_steps=2), (0 + 1 + 2) / 3 + 5, 3),
+        (dict(window=3, trained=0.5, tail_steps=6), (0 + 1 + 2) / 3 + 3 + (6 + 6 + 5) / 3, 3),
+        (dict(best_and_worst=2), 10, 4.5),
+    ],
+)
+def test_expected_passes_counted_by_hand(changes, drawn, trained):
+    assert expected_passes(Settings(group_size=4, **changes)) == pytest.approx((drawn, trained))
+
+
+def test_the_hook_counts_what_is_expected():
+    """The digits, whose one place for a window leaves nothing to chance."""
+    digits = PRESETS["digits"]
+    own = dict(groups=2, group_size=4, steps=4, window=2, trained=0.5, tail_steps=1, micro_batch=4, same_noise=True)
+    settings = dataclasses.replace(digits.settings, best_and_worst=2, **own)
+    result = benchmark(digits.task(), settings, 3, 1)
+    assert tuple(result["passes"].values()) == expected_passes(settings) == (3, 1)
 
 
 def test_too_few_rounds_are_refused():
