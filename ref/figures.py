@@ -22,6 +22,7 @@ COLORS = {
     "pec": "#4c72b0",
     "pcvae": "#55a868",
     "naive_kl": "#ccb974",
+    "gardo": "#1b7837",
 }
 LABELS = {
     "base": "base model",
@@ -34,6 +35,7 @@ LABELS = {
     "pec": "PEC",
     "pcvae": "PCVAE",
     "naive_kl": "naive KL",
+    "gardo": "GARDO",
 }
 
 

@@ -20,6 +20,7 @@ exactly 0; the group's noise is drawn per group.
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float
@@ -31,7 +32,7 @@ from ref.entropy import policy_entropy
 from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, calibrate_kernel, perceptual_entropy
 from ref.policy import gaussian_log_prob
-from ref.sampling import Samples, chunks, draw, generator_for, pick_prompts, placed, scores, trained_only
+from ref.sampling import Samples, ask, chunks, draw, generator_for, pick_prompts, placed, scores, trained_only
 from ref.scale.processes import Share, deal, over_processes, processes, sum_gradients
 from ref.scale.stopwatch import Stopwatch
 from ref.scale.weights import in_parts, trainable, whole
@@ -61,6 +62,19 @@ def extremes(advantage: Float[Tensor, "G K S"], m: int) -> Float[Tensor, "G K S"
     """
     middle = advantage.mean(-1).argsort(1)[:, m // 2 : advantage.shape[1] - m + m // 2]
     return advantage.scatter(1, middle[..., None].expand(-1, -1, advantage.shape[2]), 0.0)
+
+
+def judge(terms: list[tuple[float, Callable]], images: Float[Tensor, "B ..."], prompts: list[str]) -> Tensor:
+    """What each reward of (weight, reward) says of the images, [rewards, B], on the CPU; as `sampling.ask`."""
+    return torch.stack([ask(reward, images, prompts).cpu() for _, reward in terms])
+
+
+def decoupled(terms: list[tuple[float, Callable]], said: list[Float[Tensor, "G K"]]) -> Float[Tensor, "G K"]:
+    """The weighted sum of each reward's own z-scores in its group. GDPO, arXiv 2601.05242, then divides over the batch.
+
+    A reward of small spread so counts as much as its weight says.
+    """
+    return sum(weight * advantages(values[..., None], math.inf)[..., 0] for (weight, _), values in zip(terms, said))
 
 
 def step_weights(schedule: FlowSchedule, omega: str, steps: tuple[int, ...] | None = None) -> Float[Tensor, " S"]:
@@ -106,6 +120,9 @@ def train(
                       "features does nothing (proofs/P09); take 3 or more", stacklevel=2)  # fmt: skip
     if settings.target_diversity is not None and (not method.holds or method.space == "latent"):
         raise ValueError(f"{type(method).__name__} cannot hold a target diversity; take pec, pcvae or entropy_reg in perceptual or kernel space")  # fmt: skip
+    if settings.per_reward and not hasattr(reward, "weights"):
+        raise ValueError("per_reward needs a sum of rewards, as in pickscore:0.7+ocr:0.3")
+    terms = list(zip(reward.weights, reward.rewards)) if settings.per_reward else [(1.0, reward)]
     state = state or start(model, settings)
     full = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
     *others, last = full.leverage[: settings.trainable_steps].tolist()
@@ -121,15 +138,21 @@ def train(
     while state.iteration < settings.iterations:
         lap, schedule = Stopwatch(), placed(full, settings, state.iteration)
         picked = pick_prompts(prompts, settings, state.iteration)
-        samples = draw(model, picked, schedule, settings, share, (settings.seed, state.iteration), layout, lap=lap)
-        state.reward = scores(reward, samples, share)
+        with ThreadPoolExecutor(1) as pool:  # a reward that waits for a server does so while the next samples are drawn
+            early = []
+            look = lambda images, prompts: early.append(pool.submit(judge, terms, images, prompts))  # noqa: E731
+            samples = draw(model, picked, schedule, settings, share, (settings.seed, state.iteration), layout, lap=lap,
+                           look=look if getattr(reward, "waits", False) else None)  # fmt: skip
+            said = [each.result() for each in early] or [judge(terms, samples.images, samples.prompts)]
+        said = [share.gather(values.unflatten(0, (len(share.mine), -1))) for values in torch.cat(said, 1)]
+        state.reward = sum(weight * values for (weight, _), values in zip(terms, said))
         lap("reward")
         state.features = scores(encoder, samples, share, features=True)
         lap("features")
 
         log_prob = samples.trajectory.log_prob.T.unflatten(0, (len(share.mine), -1))
         group = Group(
-            state.reward,
+            decoupled(terms, said) if settings.per_reward else state.reward,
             state.features,
             state.bandwidth,
             share.gather(log_prob),
@@ -213,6 +236,7 @@ def update(
                 old_mean=old_mean[s],
                 reference_mean=reference_mean,
                 std=std,
+                guard=float(schedule.dt[i]) if settings.guard else None,
             )
             (method.loss(step) * (len(rows) / total)).backward()
             with torch.no_grad():

@@ -76,6 +76,7 @@ class Step:
     mean, old_mean          None where no loss looks at them
     reference_mean          only if `needs_reference`
     std                     s_i
+    guard                   dt_i where GRPO-Guard is on
     """
 
     log_prob: Float[Tensor, " B"]
@@ -86,10 +87,19 @@ class Step:
     old_mean: Float[Tensor, " B *latent"] | None
     reference_mean: Float[Tensor, " B *latent"] | None
     std: Float[Tensor, ""]
+    guard: float | None = None
 
     @cached_property
     def ratio(self) -> Float[Tensor, " B"]:
-        return (self.log_prob - self.old_log_prob).exp()
+        """p_theta / p_old of the step taken, per dimension. Under GRPO-Guard, arXiv 2510.22319, another number around 1:
+
+        the log plus ||mu - mu_old||^2 / 2 s^2, which a drift of the mean takes from it on average, and all that times s:
+        with x = mu_old + s eps it is eps (mu - mu_old), so a clip holds on both sides, and as hard at every step.
+        """
+        log = self.log_prob - self.old_log_prob
+        if self.guard is not None:
+            log = (log + gaussian_kl(self.mean, self.old_mean, self.std)) * self.std.to(log.device)
+        return log.exp()
 
 
 class FlowGRPO:
@@ -129,9 +139,9 @@ class FlowGRPO:
         return torch.ones_like(advantages)
 
     def pair_loss(self, step: Step) -> Float[Tensor, " B"]:
-        """The clipped policy gradient of every pair."""
+        """The clipped policy gradient of every pair; under GRPO-Guard divided by dt, for steps that pull alike."""
         clipped = step.ratio.clamp(self.low, self.high)
-        return -torch.minimum(step.ratio * step.advantage, clipped * step.advantage)
+        return -torch.minimum(step.ratio * step.advantage, clipped * step.advantage) / (step.guard or 1)
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
         return self.pair_loss(step).mean()
@@ -296,6 +306,27 @@ class NaiveKL(FlowGRPO):
         return super().loss(step) - self.weight * step.log_prob.mean()
 
 
+class GARDO(FlowGRPO):
+    """Positive advantages times the distance to the nearest neighbour of the group. GARDO's rule, arXiv 2512.24138.
+
+    Who is good and far from the others is raised more; who is bad is lowered whatever it looks like. The distance is that
+    of phi, over its mean in the group to the power `weight` (a reading: a group's positive advantages keep their size, and
+    0 gives Flow-GRPO). Its other parts, a gated KL and a reference that moves, are not here.
+    """
+
+    default_weight = 1.0
+    largest_weight = 100.0
+
+    def select(self, group: Group, advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:
+        distance = torch.cdist(group.features, group.features)
+        nearest = (distance + torch.diag_embed(distance.new_full(distance.shape[:2], torch.inf))).amin(2)
+        share = (nearest / nearest.mean(1, keepdim=True).clamp_min(1e-12)) ** self.weight
+        return torch.where(advantages > 0, share[..., None], 1.0)
+
+    def pair_loss(self, step: Step) -> Float[Tensor, " B"]:
+        return super().pair_loss(step) * step.pair
+
+
 METHODS = {
     "flow_grpo": FlowGRPO,
     "flow_grpo_kl": FlowGRPOKL,
@@ -306,4 +337,5 @@ METHODS = {
     "pec": PEC,
     "pcvae": PCVAE,
     "naive_kl": NaiveKL,
+    "gardo": GARDO,
 }

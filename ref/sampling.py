@@ -103,11 +103,13 @@ def sample(
     groups: list[int] | None = None,
     same_noise: bool = False,
     lap: Callable[[str], None] = lambda phase: None,
+    look: Callable[[Tensor, list[str]], None] | None = None,
 ) -> Samples:
     """K = group_size samples of each prompt. `key` and the group's number seed its noise.
 
     layout lists the micro-batches (default: one); groups the numbers of the prompts' groups (0, 1, ...);
-    lap("encode"), lap("sample") and lap("decode") are called when these are done.
+    lap("encode"), lap("sample") and lap("decode") are called when these are done. look(images, prompts) is called for
+    every micro-batch as soon as it is drawn; each is then decoded by itself, and not all of them at the end.
 
     With same_noise the members of a group are one until the first stochastic step: one walks for all, as many groups
     at once as a micro-batch has samples. Where these passes have the shape that the members' own would have (groups a
@@ -138,11 +140,16 @@ def sample(
         before = torch.cat([walk(g, 1, noise[0, g, 0], range(together)).x for g in groups_at_once], 1)
         before = before.repeat_interleave(group_size, 1)
     eps, alone = noise[1:].flatten(1, 2), range(together, len(schedule))
-    paths = [walk(rows, group_size, before[-1, rows], alone, eps[:, rows]) for rows in layout]
+    paths, images = [], []
+    for rows in layout:
+        paths.append(walk(rows, group_size, before[-1, rows], alone, eps[:, rows]))
+        if look:
+            images.append(model.decode(paths[-1].x[-1].to(device)).cpu())
+            look(images[-1], [repeated[b] for b in rows])
     x, mean, log_prob = (torch.cat(values, 1) for values in zip(*((p.x, p.mean, p.log_prob) for p in paths)))
     trajectory = Trajectory(torch.cat([before[:-1], x]), mean, log_prob, schedule.steps)
     lap("sample")
-    images = model.decode(trajectory.x[-1].to(device)).cpu()
+    images = torch.cat(images) if look else model.decode(trajectory.x[-1].to(device)).cpu()
     lap("decode")
     return Samples(repeated, conditioning, trajectory, images)
 

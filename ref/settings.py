@@ -72,9 +72,11 @@ class Settings:
     lr: Annotated[float, Gt(0), Le(10)] = 3e-4  # AdamW's learning rate
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: falling to 0 at the last iteration
     clip: Annotated[float, Gt(0), Le(100)] = 1e-4  # PPO's eps, on log-densities averaged over the latent dimension
+    guard: bool = False  # normalise ratios and step losses as GRPO-Guard does (arXiv 2510.22319)
     advantage_clip: Annotated[float, Gt(0), Le(10**6)] = 5.0  # advantages are clipped to +- this
     std_normalize: bool = True  # divide advantages by the group's standard deviation
     global_std: bool = False  # divide by that of all the iteration's rewards instead (Flow-GRPO's SD3 recipes)
+    per_reward: bool = False  # in a sum of rewards divide each by its own deviation in the group first (GDPO)
     best_and_worst: Annotated[int, Ge(2)] | None = (
         None  # train on so many extremes of a group, half and half (None: all)
     )

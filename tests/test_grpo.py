@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import time
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from ref.policy import gaussian_log_prob
 from ref.sampling import pick_prompts, sample
 from ref.scale.weights import trainable
 from ref.schedule import FlowSchedule, time_grid
+from ref.scoring.load import WeightedSum
+from ref.scoring.reward import Reward
 from ref.settings import Settings
 from ref.worlds import digits
 
@@ -195,6 +199,81 @@ def test_global_std_divides_by_that_of_all_rewards(rng):
     state = next(train(model, PROMPTS, score, phi, METHODS["flow_grpo"](), settings))
     expected = advantages(state.reward[..., None], over=(0, 1)).expand_as(state.advantages)
     torch.testing.assert_close(state.advantages, expected)
+
+
+def test_the_guards_first_gradient_is_the_plain_one_times_s_over_dt():
+    found = []
+    for guard in (False, True):
+        model, reward, phi = small_model()
+        settings = dataclasses.replace(
+            SMALL, window=1, trained=0.25, guard=guard, updates=1, grad_clip=1e9, iterations=1
+        )
+        state = next(train(model, PROMPTS, reward, phi, METHODS["flow_grpo"](clip=1e-2), settings))
+        assert state.metrics["ratio_error"] == 0 and state.samples.trajectory.steps == (0,)
+        found.append(torch.cat([weight.grad.flatten() for weight in trainable(model).values()]))
+    schedule = model.schedule(SMALL.steps, noise_level=SMALL.noise_level)
+    expected = found[0] * (schedule.std[0] / schedule.dt[0])
+    torch.testing.assert_close(found[1], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+class Waiting:
+    """A reward behind a slow server; it notes when it is asked, and of how many images."""
+
+    waits, name = True, "slow"
+
+    def __init__(self, reward, events):
+        self.reward, self.events = reward, events
+
+    def __call__(self, images, prompts):
+        self.events.append(len(images))
+        time.sleep(0.05)
+        return self.reward(images, prompts)
+
+
+def test_a_reward_that_waits_does_so_while_the_next_samples_are_drawn():
+    """Asked once a micro-batch, before the last one is drawn; the same bits as asked at the end (micro-batches of one size)."""
+    after, events = [], []
+    for waits in (False, True):
+        model, reward, phi = small_model()
+        velocity = model.velocity
+        asked = Waiting(reward, events) if waits else reward
+
+        def noted(x, sigma, conditioning):
+            events.append("drawn") if waits else None
+            return velocity(x, sigma, conditioning)
+
+        model.velocity = noted
+        settings = dataclasses.replace(SMALL, micro_batch=3, steps=3, iterations=1)
+        state = next(train(model, PROMPTS, asked, phi, METHODS["pec"](clip=1e-2), settings))
+        after.append((copy.deepcopy(trainable(model)), state.reward, state.samples.images))
+    assert [n for n in events if n != "drawn"] == [3] * 4 and "drawn" in events[events.index(3) :]
+    torch.testing.assert_close(after[0][2], after[1][2], rtol=0, atol=1e-6)
+    assert torch.equal(after[0][1], after[1][1])
+    assert all(torch.equal(after[0][0][name], after[1][0][name]) for name in after[0][0])
+
+
+def test_a_waiting_rewards_refusal_reaches_the_caller():
+    model, reward, phi = small_model()
+    broken = Waiting(lambda images, prompts: images.new_full((len(images),), torch.nan), [])
+    with pytest.raises(ValueError, match="slow returned a NaN"):
+        next(train(model, PROMPTS, broken, phi, METHODS["flow_grpo"](), SMALL))
+
+
+def test_each_reward_may_be_divided_by_its_own_deviation():
+    """A sum of a reward and a hundred times smaller one with the same weight: alone, the second would not be heard."""
+    model, reward, phi = small_model()
+    small = lambda images, prompts: 0.01 * images.flatten(1).std(1)  # noqa: E731
+    both = SimpleNamespace(weights=[1.0, 1.0], rewards=[reward, small])
+    settings = dataclasses.replace(SMALL, per_reward=True, advantage_clip=1e6)
+    state = next(train(model, PROMPTS, both, phi, METHODS["flow_grpo"](), settings))
+    each = [f(state.samples.images, state.samples.prompts).unflatten(0, (4, 3)) for f in (reward, small)]
+    z = sum((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4) for r in each)
+    torch.testing.assert_close(state.reward, each[0] + each[1])
+    torch.testing.assert_close(state.advantages[..., 0], advantages(z[..., None], 1e6)[..., 0], rtol=1e-4, atol=1e-4)
+    real = WeightedSum([(0.5, Reward("a")), (2.0, Reward("b"))])
+    assert real.weights == [0.5, 2.0] and [part.name for part in real.rewards] == ["a", "b"] and not real.waits
+    with pytest.raises(ValueError, match="per_reward needs a sum of rewards"):
+        next(train(model, PROMPTS, reward, phi, METHODS["flow_grpo"](), settings))
 
 
 def test_best_and_worst_leave_the_others_without_advantage():

@@ -69,6 +69,7 @@ def definition(name, step, weight):
         "clip_cov": lambda: ppo[step.pair == 1].sum() / len(ppo),
         "kl_cov": lambda: ppo.mean() + weight * to(step.old_mean)[step.pair == 1].sum() / len(ppo),
         "naive_kl": lambda: ppo.mean() - weight * step.log_prob.mean(),
+        "gardo": lambda: (ppo * step.pair).mean(),
     }[name]()
 
 
@@ -284,3 +285,29 @@ def test_pcvae_is_pec_plus_the_latent_log_density():
 def test_a_weight_out_of_range_is_refused(weight):
     with pytest.raises(ValueError, match="weight of PEC must be a number from 0"):
         METHODS["pec"](weight)
+
+
+def test_gardo_scales_positive_advantages_by_the_nearest_neighbour():
+    """Four features on a line, at 0, 1, 3 and 7: their nearest neighbours are 1, 1, 2 and 4 away, 2 on average."""
+    group = a_group(G=1, K=4, S=2, D=3)
+    group.features = torch.zeros(1, 4, 3)
+    group.features[0, :, 1] = torch.tensor([0.0, 1, 3, 7])
+    advantages = torch.tensor([1.0, -1, 2, 0.5])[None, :, None].expand(1, 4, 2)
+    assert METHODS["gardo"]().select(group, advantages)[0, :, 1].tolist() == [0.5, 1, 1, 2]
+    assert METHODS["gardo"](2.0).select(group, advantages)[0, :, 0].tolist() == [0.25, 1, 1, 4]
+    group.features = torch.ones(1, 4, 3)
+    assert METHODS["gardo"]().select(group, advantages).isfinite().all()
+
+
+def test_a_guarded_ratio_is_unbiased_and_knows_no_scale(rng):
+    """x = mu_old + s eps: the guarded log-ratio is mean(eps (mu - mu_old)) whatever s is; the plain one lacks the KL."""
+    mean, drift, eps = (torch.randn(5, 64, dtype=torch.float64, generator=rng) for _ in range(3))
+    for s in (0.01, 0.3, 2.0):
+        std, new = torch.tensor(s, dtype=torch.float64), mean + 0.1 * s * drift
+        x = mean + s * eps
+        numbers = gaussian_log_prob(x, new, std), gaussian_log_prob(x, mean, std), torch.ones(5).double(), torch.ones(5)
+        step = Step(*numbers, new, mean, None, std, guard=0.5)
+        torch.testing.assert_close(step.ratio.log(), 0.1 * s * (eps * drift).mean(1), rtol=1e-9, atol=1e-12)
+        plain = dataclasses.replace(step, guard=None)
+        torch.testing.assert_close(plain.ratio.log(), 0.1 * (eps * drift).mean(1) - 0.005 * drift.square().mean(1))
+        torch.testing.assert_close(METHODS["flow_grpo"](clip=10.0).pair_loss(step), -step.ratio / 0.5)

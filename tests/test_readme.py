@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text().replace("\\\n", " ")
 
 
-def test_the_tenth_method_example_runs(tmp_path, monkeypatch):
+def test_the_example_of_a_method_runs(tmp_path, monkeypatch):
     from ref.methods import METHODS
 
     monkeypatch.chdir(tmp_path)

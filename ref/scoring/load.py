@@ -58,6 +58,7 @@ class WeightedSum(Reward):
     def __init__(self, terms: list[tuple[float, Callable]]):
         super().__init__(" + ".join(f"{weight:g} {name_of(reward)}" for weight, reward in terms))
         self.weights, self.rewards = zip(*terms)
+        self.waits = all(getattr(reward, "waits", False) for reward in self.rewards)
 
     def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         values = [ask(reward, images, prompts) for reward in self.rewards]

@@ -35,6 +35,7 @@ class Served(Reward):
     """
 
     remedy = "start it, or give another address"
+    waits = True  # asked in a thread of its own while the next samples are drawn (grpo.py)
 
     def __init__(self, name: str, url: str, attempts: int = 5, wait: float = 1.0, timeout: float = 120.0):
         super().__init__(name)
