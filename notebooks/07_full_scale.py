@@ -185,7 +185,7 @@ if REWARD == ENCODER:
 model, prompts, K, steps = task.model, task.evaluation, task.images_per_prompt, task.evaluation_steps
 ode = model.schedule(steps, kind=settings.kind, noise_level=settings.noise_level).ode()
 for _ in range(2):
-    lap = Stopwatch()
+    lap = Stopwatch(next(model.parameters()).device)
     looked = sample(model, prompts[:2], K, ode, ("evaluate",), list(torch.arange(2 * K).split(3)))
     lap("sample")
 one = lap.seconds["seconds_sample"] / (2 * K * steps * (1 + (PRESET == "sd35_medium")))

@@ -136,7 +136,7 @@ def train(
         calibrate_on(state, prompts, encoder, settings)
 
     while state.iteration < settings.iterations:
-        lap, schedule = Stopwatch(), placed(full, settings, state.iteration)
+        lap, schedule = Stopwatch(next(model.parameters()).device), placed(full, settings, state.iteration)
         picked = pick_prompts(prompts, settings, state.iteration)
         with ThreadPoolExecutor(1) as pool:  # a reward that waits for a server does so while the next samples are drawn
             early = []

@@ -50,7 +50,7 @@ class Pipeline(Options):
     gradient_checkpointing: bool = False  # less memory, a third more time
     tiling: bool = False  # decode in tiles
     compile_blocks: bool = False  # compile the transformer's repeated blocks: minutes at first, then faster steps
-    decode_batch: Annotated[int, Ge(1)] = 8  # images at once through the VAE
+    decode_batch: Annotated[int, Ge(1)] = 2  # images at once through the VAE
     max_sequence_length: Annotated[int, Ge(1), Le(512)] | None = None  # T5 tokens (None: 256 on SD3, 512 on FLUX)
     cache_dir: Path | None = None  # of prompt embeddings (None: ~/.cache/ref/prompt_embeddings)
 

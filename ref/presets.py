@@ -218,7 +218,7 @@ class Preset:
         return options.model_copy(update=changes | {"memory": memory}), settings
 
 
-CHECKPOINTED = dict(gradient_checkpointing=True, decode_batch=2)
+CHECKPOINTED = dict(gradient_checkpointing=True)
 FLOW_GRPO = Settings(
     iterations=1000, groups=48, group_size=24, updates=2, micro_batch=0, steps=10, noise_level=0.7, lr=3e-4, ema=0.9,
     ema_every=8, global_std=True,

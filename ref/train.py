@@ -18,9 +18,15 @@ An output directory holds
 
 With several processes the first one writes, and all must see the directory. Evaluated and saved are the
 averaged weights where `ema` keeps such.
+
+`--resume` goes on exactly: on the CPU to the bit; on a GPU up to the roundings of attention's backward pass, whose order of
+sums is not fixed. A copy of weights, moments and averages is kept on the CPU after every iteration, so that a signal
+loses nothing: small for a LoRA; where all weights are trained the first process's host needs 16 bytes a weight twice,
+67 GiB for SD3.5-Medium.
 """
 
 import argparse
+import os
 import shlex
 import sys
 import threading
@@ -198,7 +204,8 @@ def run(
     policy = METHODS[method](weight, clip=settings.clip, space=space)
     folder = Path(output_dir)
     project = ProjectConfiguration(str(folder), logging_dir=str(folder / "logs"))
-    cpu = not torch.accelerator.is_available()  # accelerate would not join several processes without a GPU
+    # accelerate would not join several processes without a GPU, and the small worlds compute on the CPU: NCCL has no use
+    cpu = not torch.accelerator.is_available() or (options is None and "LOCAL_RANK" in os.environ)
     accelerator = Accelerator(cpu=cpu, log_with=tracker(log_with), project_config=project)
     first = accelerator.is_main_process
     refuse_in_parts(not settings.micro_batch and processes() > 1 and options and options.lora_rank == 0)
@@ -212,6 +219,8 @@ def run(
                 print(f"\n{said[0]}", file=sys.stderr, flush=True)
 
     with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":  # what is meant for a GPU is sent there; indices and noise are not
+            stack.enter_context(torch.device("cpu"))
         claim = stack.enter_context(Claim(folder, description, resume)) if first else None
         stack.enter_context(stopping(stop, claim.leave if claim else None))
         stack.callback(keeper.save)  # also when something fails

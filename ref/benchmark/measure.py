@@ -112,7 +112,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     n, seconds = 8192 if device.type == "cuda" else 1024, []
     a = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(6):
-        lap = Stopwatch()
+        lap = Stopwatch(device)
         a @ a
         lap("matmul")
         seconds.append(lap.seconds["seconds_matmul"])

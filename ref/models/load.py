@@ -29,7 +29,7 @@ def load(
     keep_base: bool = True,
     gradient_checkpointing: bool = False,
     compile_blocks: bool = False,
-    decode_batch: int | None = 8,
+    decode_batch: int | None = 2,
     tiling: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -55,6 +55,9 @@ def load(
     cache_dir               of prompt embeddings; None: ~/.cache/ref/prompt_embeddings
     seed                    of the LoRA's first weights
 
+    On a GPU attention is flash attention, torch's own: cuDNN's, which torch prefers on H100 and B200, is switched off in
+    the process, for with and without gradients it makes different plans.
+
     Raises OSError (no such model, no access, no network, no memory) and ValueError (a pipeline of another
     class, an image size that the model refuses), each with the remedy.
     """
@@ -67,6 +70,8 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     guidance_scale = adapter.default_guidance if guidance_scale is None else guidance_scale
+    if device.type == "cuda":  # its rollout and its update would be two plans, and the ratio not exactly 1
+        torch.backends.cuda.enable_cudnn_sdp(False)
     network = getattr(diffusers, adapter.network)
     configs = source.config(network, "transformer"), source.config(diffusers.AutoencoderKL, "vae")
     try:
@@ -103,7 +108,8 @@ def load(
             if processes() > 1:
                 loaded.shard(device)
         loaded.to(device)
-        loaded.vae.to(memory_format=torch.channels_last)
+        if device.type == "cpu":  # there it is faster; cuDNN wants more launches and more memory for it
+            loaded.vae.to(memory_format=torch.channels_last)
         if tiling:
             loaded.vae.enable_tiling()
         if gradient_checkpointing:

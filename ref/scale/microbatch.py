@@ -1,7 +1,8 @@
 """The micro-batch by trial, once a run: `--micro-batch 0`, the default of the large presets.
 
-A trial is what the update does with one denoising step, velocity and gradient, while as much is taken as
-comes later: AdamW's two moments, averaged weights, and a twentieth of the GPU, for memory gets fragmented.
+A trial is what the update does with one denoising step, velocity and gradient, while as much is taken as comes
+later: AdamW's two moments, averaged weights, the gradient, which from the second step on is there before the
+forward pass, and a twentieth of the GPU, for memory gets fragmented. Beside the same the VAE must decode its batch.
 Sizes double until one does not fit, then the gap is halved; the samples of an optimiser step are then cut
 into as few micro-batches as fit, equal ones. Reward model and encoder must be on the GPU already. Compiled
 blocks are tried uncompiled: every size would take minutes to compile, and they keep no more.
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ref.scale.memory import OutOfMemory, out_of_memory
+from ref.scale.memory import OutOfMemory, forget, out_of_memory
 from ref.scale.processes import over_processes, processes
 from ref.scale.weights import in_parts, trainable
 from ref.settings import Settings
@@ -39,7 +40,7 @@ def largest(does: Callable[[int], bool], most: int) -> int:
 def fits(model, conditioning: dict[str, Tensor], samples: int, copies: int = 2) -> bool:
     """Whether an update's forward and backward pass of so many samples finds memory beside `copies` of what is trained.
 
-    conditioning is one sample's, [1, ...].
+    conditioning is one sample's, [1, ...]. Of 0 samples the question is whether the VAE can decode its batch.
     """
     device, weights = next(iter(conditioning.values())).device, trainable(model).values()
     held = x = repeated = None
@@ -49,18 +50,23 @@ def fits(model, conditioning: dict[str, Tensor], samples: int, copies: int = 2) 
             if device.type == "cuda":
                 total = torch.cuda.get_device_properties(device).total_memory
                 held.append(torch.empty(total // 20, dtype=torch.uint8, device=device))
-            x = torch.zeros(samples, *model.latent_shape, device=device)
-            repeated = {key: value.expand(samples, *value.shape[1:]) for key, value in conditioning.items()}
-            model.velocity(x, torch.tensor(0.5), repeated).square().mean().backward()
-        return True
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight)
+            x = torch.zeros(samples or getattr(model, "decode_batch", None) or 1, *model.latent_shape, device=device)
+            if samples:
+                repeated = {key: value.expand(samples, *value.shape[1:]) for key, value in conditioning.items()}
+                model.velocity(x, torch.tensor(0.5), repeated).square().mean().backward()
+            else:
+                model.decode(x)
+        enough = True
     except OutOfMemory:
-        return False
+        enough = False
     finally:
         held = x = repeated = None
         for weight in weights:
             weight.grad = None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    forget(device)
+    return enough
 
 
 def refuse_in_parts(parts: bool) -> None:
@@ -79,6 +85,10 @@ def fitted(model, prompts: list[str], settings: Settings) -> Settings:
     refuse_in_parts(any(in_parts(weight) for weight in trainable(model).values()))
     conditioning, copies = model.encode(prompts[:1]), 3 if settings.ema else 2
     device = next(iter(conditioning.values())).device
+    if device.type == "cuda":
+        fails = torch.tensor(float(not fits(model, conditioning, 0, copies)), device=device)
+        if over_processes(fails, largest=True):
+            raise OutOfMemory("out of memory in the VAE; give a smaller --decode-batch, or add --tiling")
     step = -(-settings.groups // settings.updates // processes()) * settings.group_size  # samples of an optimiser step
     most = min(step, MOST_ON_CPU) if device.type == "cpu" else step
     found = torch.tensor(-largest(lambda n: fits(model, conditioning, n, copies), most), dtype=torch.float32)

@@ -31,6 +31,7 @@ from torch import Tensor
 from ref.scale.weights import in_parts
 
 LOST = ("closed by peer", "Connection reset", "NCCL", "Broken pipe")  # gloo has no class of its own for it
+AT_ONCE = 2**26  # bytes of each process on the GPU while tensors are gathered
 PATIENCE = 3.0  # seconds in which a launcher ends all processes when one has failed
 
 
@@ -56,11 +57,14 @@ class Share:
         """[len(mine), ...] on every process -> [G, ...] in the order of the groups, on every process."""
         if len(self.owners) == 1:
             return values
-        mine = values.contiguous().to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        parts = [torch.empty_like(mine) for _ in self.owners]
-        dist.all_gather(parts, mine)
+        gathered, device = [], "cuda" if dist.get_backend() == "nccl" else "cpu"
+        for mine in values.split(max(1, AT_ONCE // max(1, values[:1].nbytes))):  # images of an evaluation are gigabytes
+            mine = mine.contiguous().to(device)
+            parts = [torch.empty_like(mine) for _ in self.owners]
+            dist.all_gather(parts, mine)
+            gathered.append(torch.stack(parts).to(values.device))
         place = {g: n for n, g in enumerate(g for groups in self.owners for g in groups)}
-        return torch.cat(parts).to(values.device)[[place[g] for g in range(len(place))]]
+        return torch.cat(gathered, 1).flatten(0, 1)[[place[g] for g in range(len(place))]]
 
 
 def deal(groups: int, updates: int) -> Share:
