@@ -5,7 +5,6 @@ import dataclasses
 import time
 import warnings
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -263,7 +262,8 @@ def test_each_reward_may_be_divided_by_its_own_deviation():
     """A sum of a reward and a hundred times smaller one with the same weight: alone, the second would not be heard."""
     model, reward, phi = small_model()
     small = lambda images, prompts: 0.01 * images.flatten(1).std(1)  # noqa: E731
-    both = SimpleNamespace(weights=[1.0, 1.0], rewards=[reward, small])
+    both = lambda images, prompts: pytest.fail("each is asked by itself")  # noqa: E731
+    both.weights, both.rewards = [1.0, 1.0], [reward, small]
     settings = dataclasses.replace(SMALL, per_reward=True, advantage_clip=1e6)
     state = next(train(model, PROMPTS, both, phi, METHODS["flow_grpo"](), settings))
     each = [f(state.samples.images, state.samples.prompts).unflatten(0, (4, 3)) for f in (reward, small)]
@@ -271,7 +271,7 @@ def test_each_reward_may_be_divided_by_its_own_deviation():
     torch.testing.assert_close(state.reward, each[0] + each[1])
     torch.testing.assert_close(state.advantages[..., 0], advantages(z[..., None], 1e6)[..., 0], rtol=1e-4, atol=1e-4)
     real = WeightedSum([(0.5, Reward("a")), (2.0, Reward("b"))])
-    assert real.weights == [0.5, 2.0] and [part.name for part in real.rewards] == ["a", "b"] and not real.waits
+    assert list(real.weights) == [0.5, 2.0] and [part.name for part in real.rewards] == ["a", "b"] and not real.waits
     with pytest.raises(ValueError, match="per_reward needs a sum of rewards"):
         next(train(model, PROMPTS, reward, phi, METHODS["flow_grpo"](), settings))
 

@@ -4,6 +4,7 @@ python -m ref.benchmark.on_paper                  # the presets' image sizes
 python -m ref.benchmark.on_paper 256 512 1024     # others, in pixels
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,24 @@ from ref.scale.paths import refuse_unwritable
 from ref.settings import in_one_line
 
 
+@functools.cache
+def counted(name: str, size: int, rank: int, tokens: int | None, guidance: float | None) -> tuple[int, int, int]:
+    """FLOPs of a sample: forward, forward and backward, decode. T5 tokens and guidance: None is the model's own."""
+    model = shaped(name, size, rank)
+    model.guidance_scale = model.guidance_scale if guidance is None else guidance
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        config, tokens = model.transformer.config, (tokens or model.default_tokens) + 77 * isinstance(model, SD3)
+        embeds = torch.empty(1, tokens, config.joint_attention_dim, dtype=model.dtype)
+        pooled = torch.empty(1, config.pooled_projection_dim, dtype=model.dtype)
+        conditioning = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        conditioning |= {f"negative_{key}": value for key, value in conditioning.items()}
+        forward, both = flops(model, conditioning), flops(model, conditioning, backward=True)
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+            model.decode(torch.empty(1, *model.latent_shape))
+    return forward, both, counter.get_total_flops()
+
+
 def on_paper(sizes: list[int]) -> Iterator[dict]:
     """FLOPs of the large presets, counted on fake tensors: shapes alone go through the real modules.
 
@@ -32,37 +51,26 @@ def on_paper(sizes: list[int]) -> Iterator[dict]:
     FLOPs of a sample (forward, forward_and_backward, decode) and of an iteration (sample, update).
     """
     for preset, name, size, rank in architectures(sizes):
-        model, settings = shaped(name, size, rank), PRESETS[preset].settings
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            config, tokens = model.transformer.config, model.default_tokens + 77 * isinstance(model, SD3)
-            embeds = torch.empty(1, tokens, config.joint_attention_dim, dtype=model.dtype)
-            pooled = torch.empty(1, config.pooled_projection_dim, dtype=model.dtype)
-            conditioning = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-            conditioning |= {f"negative_{key}": value for key, value in conditioning.items()}
-            forward, both = flops(model, conditioning), flops(model, conditioning, backward=True)
-            with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
-                model.decode(torch.empty(1, *model.latent_shape))
+        own, settings = PRESETS[preset].options, PRESETS[preset].settings
+        forward, both, decode = counted(name, size, rank, own.max_sequence_length, own.guidance_scale)
         yield {
             "preset": preset,
             "pixels": size,
             "images": settings.groups * settings.group_size,
             "forward": forward,
             "forward_and_backward": both,
-            "decode": counter.get_total_flops(),
+            "decode": decode,
         } | phase_flops(settings, forward, both)
 
 
-HEADER = (
-    "preset        pixels   forward  and backward   decode (TFLOP a sample)  images   rollout   update      sum (PFLOP)"
-)
+HEADER = "preset            pixels   forward  and backward   decode (TFLOP a sample)  images   rollout   update      sum (PFLOP)"
 
 
 def line(row: dict) -> str:
     each = (row["forward"], row["forward_and_backward"], row["decode"])
     all_of_them = (row["sample"], row["update"], row["sample"] + row["update"])
     return (
-        f"{row['preset']:<13} {row['pixels']:>6}" + "{:>10.2f}{:>14.2f}{:>9.2f}".format(*(n / 1e12 for n in each))
+        f"{row['preset']:<17} {row['pixels']:>6}" + "{:>10.2f}{:>14.2f}{:>9.2f}".format(*(n / 1e12 for n in each))
         + f"{row['images']:>25}" + "{:>10.1f}{:>9.1f}{:>9.1f}".format(*(n / 1e15 for n in all_of_them))
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ def test_flops_on_paper(monkeypatch, capsys):
     assert on_paper.main([]) == 0
     _, size, forward, both, _, images, rollout, update, total = capsys.readouterr().out.splitlines()[1].split()
     assert (size, images) == ("512", "1152")
-    T, L, w = 1024, 333, 1536  # image tokens, text tokens, width; each stream of a block has 12 w^2 weights
+    T, L, w = 1024, 205, 1536  # image tokens, text tokens, width; each stream of a block has 12 w^2 weights
     linear = 2 * 12 * w**2 * (24 * T + 23 * L) + 2 * 3 * w**2 * L  # the last block's text ends at query, key, value
     attention = 24 * 4 * w * (T + L) ** 2
     second = 13 * (2 * 4 * w**2 * T + 4 * w * T**2)  # 13 blocks let the image look at itself once more
