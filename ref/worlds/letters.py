@@ -16,7 +16,7 @@ middle, read by RapidOCR. The base model rarely meets it, and every face and eve
 the same letter, in the same colours or the same face, whatever noise, blur, compression and blotches do to it:
 it sees the face and the hues and is blind to what a policy could spoil a picture with.
 
-**Judges.** RapidOCR's recogniser (letters_judges.py), which nobody here trained, says how many letters are
+**Judges.** RapidOCR's recogniser (recogniser.py), which nobody here trained, says how many letters are
 read; a classifier of typefaces says how many faces are drawn.
 """
 
@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ref.models.sd3 import SD3
+from ref.worlds.recogniser import Recogniser
 
 WEIGHTS = Path(__file__).parent / "weights" / "letters"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -208,3 +209,111 @@ class Rater(nn.Module):
         where, contrast = ink(images)
         heavy = torch.sigmoid((where.mean((1, 2)) - 0.13) / 0.02)
         return legible * (heavy + torch.sigmoid((contrast - 0.45) / 0.05)) / 2
+
+
+class Judge:
+    """Legibility by RapidOCR's recogniser. Case is ignored, and so is what no single glyph can tell: O from 0, I from 1."""
+
+    name = "rapidocr"
+    SAME = {"I": "I1|丨", "O": "O0〇"}  # noqa: RUF001 (what the recogniser says of a bar and of a ring)
+
+    def __init__(self):
+        self.recogniser = Recogniser()
+
+    def read(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
+        """The recogniser's confidence where it reads the caption's letter, else 0."""
+        texts, confidence = self.recogniser(images)
+        letters = [LETTERS[label(p)] for p in prompts]
+        right = [len(t) == 1 and t.upper() in self.SAME.get(c, c) for t, c in zip(texts, letters)]
+        return confidence * torch.tensor(right)
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> float:
+        """Share of images in which the caption's letter is read."""
+        return (self.read(images, prompts) > 0).float().mean().item()
+
+
+class Lean(nn.Module):
+    """A rule in place of a network: R = confidence that the letter is read * sigmoid((right - 2) / 0.5).
+
+    right is how far the centroid of the ink lies to the right of the middle, in pixels.
+    """
+
+    name = "legible, to the right"
+
+    def __init__(self, judge: Judge):
+        super().__init__()
+        self.judge = judge
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "B 3 32 32"], prompts: list[str]) -> Float[Tensor, " B"]:
+        return self.judge.read(images, prompts) * torch.sigmoid((right(images) - 2) / 0.5)
+
+
+def right(images: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, " B"]:
+    """Pixels from the middle of the page to the centroid of the ink, positive to the right."""
+    columns = ink(images)[0].square().sum(1)  # squared: faint noise far out weighs little
+    x = torch.arange(SIDE) - (SIDE - 1) / 2
+    return (columns * x).sum(1) / columns.sum(1).clamp_min(1e-6)
+
+
+class Faces(nn.Module):
+    """Which typeface a letter is set in: a classifier over all faces of the data that knows the letter."""
+
+    def __init__(self, faces: int):
+        super().__init__()
+        self.net = convolutional(faces, hidden=256)
+        self.letters = nn.Embedding(len(LETTERS), 256)
+
+    def logits(self, images: Float[Tensor, "B 3 32 32"], letters: Int[Tensor, " B"]) -> Float[Tensor, "B faces"]:
+        return self.net[-2:](self.net[:-2](images * 2 - 1) + self.letters(letters))
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "B 3 32 32"], prompts: list[str]) -> Float[Tensor, "B faces"]:
+        return self.logits(images, labels(prompts))
+
+    def effective_number(self, images: Float[Tensor, "B 3 32 32"], prompts: list[str]) -> float:
+        """1 / probability that two images of a prompt show the same face; all pairs, so no bias from their number."""
+        shown = self(images, prompts).argmax(1)
+        groups = [shown[labels(prompts) == c].bincount().double() for c in labels(prompts).unique()]
+        same, pairs = (
+            sum(f(n) for n in groups) for f in (lambda n: (n * (n - 1)).sum(), lambda n: n.sum() * (n.sum() - 1))
+        )
+        return (pairs / same.clamp_min(1)).item()
+
+
+def read_heads(folder: Path) -> dict[str, nn.Module]:
+    """The small networks beside the model, frozen: captions, phi, rater, two preference models, faces."""
+    from safetensors.torch import load_file
+
+    heads = {
+        "captions": CaptionEncoder(), "phi": Phi(), "rater": Rater(), "preference": Preference(),
+        "held_out": Preference(), "faces": Faces(len(masks())),
+    }  # fmt: skip
+    for name, module in heads.items():
+        module.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+        module.eval().requires_grad_(False)
+    return heads
+
+
+def load_model(folder: Path | str = WEIGHTS, guidance_scale: float = 1.0) -> SD3:
+    """The text-to-image model alone, frozen. Raises FileNotFoundError with the remedy."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / "captions.safetensors").exists():
+        raise FileNotFoundError(
+            f"no letters weights in {folder}; make them with: python -m ref.worlds.letters_base --output-dir {folder}"
+        )
+    captions = CaptionEncoder()
+    captions.load_state_dict({k: v.float() for k, v in load_file(folder / "captions.safetensors").items()})
+    transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer").float()
+    vae = AutoencoderKL.from_pretrained(folder / "vae").float()
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    return SD3(transformer, vae, scheduler, captions.eval().requires_grad_(False), guidance_scale=guidance_scale)
+
+
+def load(folder: Path | str = WEIGHTS, guidance_scale: float = 1.0) -> tuple[SD3, Preference, Phi, Judge]:
+    """(model, reward, encoder, judge), frozen and in eval mode. Raises FileNotFoundError with the remedy."""
+    model, heads = load_model(folder, guidance_scale), read_heads(Path(folder))
+    return model, heads["preference"], heads["phi"], Judge()

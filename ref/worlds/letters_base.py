@@ -5,9 +5,10 @@
 
 Each part has its own seed, its own checkpoint (DIR/training/PART.pt, written every two minutes) and is exported
 with it, averaged weights and all: what DIR holds can be loaded at any time, and a part whose steps are done is
-skipped. `--parts flow --steps 40000` trains one part, longer.
+skipped. `--parts flow` trains one part alone.
 """
 
+import copy
 import math
 import sys
 import time
@@ -24,16 +25,28 @@ from ref.options import Options, command, read
 from ref.scale.allocator import keep_freed_memory
 from ref.scale.checkpoint import atomic_write
 from ref.settings import in_one_line
-from ref.worlds.letters import LETTERS, PROMPTS, WEIGHTS, CaptionEncoder, renders
-
-Part = Literal["vae", "flow"]
+from ref.worlds.letters import (
+    LETTERS,
+    PROMPTS,
+    SIDE,
+    WEIGHTS,
+    CaptionEncoder,
+    Faces,
+    Phi,
+    Preference,
+    Rater,
+    masks,
+    paint,
+    palettes,
+    renders,
+)
 
 
 class Training:
     """One part's optimisation: AdamW, warm-up, a constant rate, and a cosine from half of the steps on; resumable."""
 
     def __init__(self, part: str, folder: Path, steps: int, lr: float, seed: int, resume: bool, minutes: float = 2):
-        self.part, self.steps, self.lr, self.minutes = part, steps, lr, minutes
+        self.part, self.steps, self.lr, self.seed, self.minutes = part, steps, lr, seed, minutes
         self.file, self.resume = folder / "training" / f"{part}.pt", resume
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
@@ -63,7 +76,9 @@ class Training:
             export()
 
         saved, recent = time.monotonic(), None
-        for step in (bar := tqdm(range(done, self.steps), desc=self.part, initial=done, total=self.steps, mininterval=10)):
+        for step in (
+            bar := tqdm(range(done, self.steps), desc=self.part, initial=done, total=self.steps, mininterval=10)
+        ):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * self.rate(step)
             optimizer.zero_grad(set_to_none=True)
@@ -104,16 +119,233 @@ def make_vae(training: Training, folder: Path) -> None:
         x = renders(512, torch.Generator().manual_seed(0))[0] * 2 - 1
         latents = vae.encode(x).latent_dist.mean
         vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-        vae.save_pretrained(folder / "vae")
+        ship(vae, folder / "vae")
 
     training.fit(vae, loss, export)
 
-def make(folder, parts, scale, resume):
-    full = {"vae": (make_vae, 8000, 5e-3, 4)}
+
+def ship(network, folder: Path) -> None:
+    """Write a diffusers network in half precision."""
+    copy.deepcopy(network).half().save_pretrained(folder)
+
+
+def ship_head(network: nn.Module, file: Path) -> None:
+    """Write a small network in half precision."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.half().contiguous() for name, weight in network.state_dict().items()}
+    atomic_write(file, lambda temporary: save_file(weights, temporary))
+
+
+def make_flow(training: Training, folder: Path, batch: int = 256, pool: int = 16384) -> None:
+    """The transformer and its captions, by flow matching with logit-normal times and averaged weights.
+
+    Latents wait in a pool from which batches are drawn; an eighth of a batch is rendered and encoded anew at each step.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae").float().requires_grad_(False)
+    captions = CaptionEncoder()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=16,
+        num_attention_heads=8, joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=64,
+        pos_embed_max_size=4,
+    )  # fmt: skip
+    trained = nn.ModuleDict({"transformer": transformer, "captions": captions})
+    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9995)
+    average = torch.optim.swa_utils.AveragedModel(trained, multi_avg_fn=decay)
+    every, g, first = captions.tokens(PROMPTS), training.generator, 0
+
+    @torch.no_grad()
+    def encoded(count: int) -> tuple[Tensor, Tensor]:
+        images, letters, _ = renders(count, g)
+        latents = torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(256)])
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor, every[letters]
+
+    latents, tokens = encoded(max(batch, pool if training.steps > 1000 else 0))
+
+    def loss():
+        nonlocal first
+        fresh = slice(first, first + batch // 8)
+        latents[fresh], tokens[fresh] = encoded(batch // 8)
+        first = (first + batch // 8) % len(latents)
+        picked = torch.randint(len(latents), (batch,), generator=g)
+        x_data, words = latents[picked], tokens[picked].clone()
+        words[torch.rand(batch, generator=g) < 0.1] = 0  # the empty caption
+        sigma = torch.randn(batch, generator=g).sigmoid()
+        eps, s = torch.randn(x_data.shape, generator=g), sigma.view(-1, 1, 1, 1)
+        cond = captions.embed(words)
+        x = (1 - s) * x_data + s * eps
+        v = transformer(x, cond["prompt_embeds"], cond["pooled_prompt_embeds"], 1000 * sigma).sample
+        return F.mse_loss(v, eps - x_data)
+
+    def export():
+        ship(average.module["transformer"], folder / "transformer")
+        ship_head(average.module["captions"], folder / "captions.safetensors")
+        FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+
+    training.fit(trained, loss, export, average)
+
+
+def spoil(images: Tensor, g: torch.Generator) -> Tensor:
+    """What a policy could do to a picture without drawing another one: shift, blur, blotches, noise, JPEG's rounding."""
+    B = len(images)
+
+    def strength(most: float) -> Tensor:
+        """Up to `most`, and none for a third of the images."""
+        drawn = most * (1.5 * torch.rand(B, 1, 1, 1, generator=g) - 0.5)
+        return drawn.clamp_min(0)
+
+    theta = torch.eye(2, 3).repeat(B, 1, 1)
+    theta[:, :, 2] = 0.12 * torch.rand(B, 2, generator=g) - 0.06  # up to a pixel
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    x = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    x = torch.lerp(x, blurred, strength(1.0))
+    for side in (4, 8, 16):  # blotches of three sizes, in colour
+        field = torch.randn(B, 3, side, side, generator=g)
+        x = x + strength(0.08) * F.interpolate(field, SIDE, mode="bicubic")
+    x = x + strength(0.1) * torch.randn(x.shape, generator=g)
+    return jpeg(x, strength(0.2)).clamp(0, 1)
+
+
+def jpeg(images: Tensor, step: Tensor) -> Tensor:
+    """JPEG's loss: the cosine transform of 8 x 8 blocks rounded to multiples of `step`, coarser in high frequencies."""
+    k = torch.arange(8.0)
+    basis = torch.cos(math.pi * k[:, None] * (2 * k + 1) / 16) / 2
+    basis[0] /= math.sqrt(2)
+    blocks = images.unflatten(2, (-1, 8)).unflatten(4, (-1, 8)).transpose(3, 4)  # B 3 h w 8 8
+    q = (step[..., None, None] * (1 + (k[:, None] + k) / 4)).clamp_min(1e-3)
+    rounded = ((basis @ blocks @ basis.T) / q).round() * q
+    return (basis.T @ rounded @ basis).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def make_phi(training: Training, folder: Path) -> None:
+    """The perceptual encoder, by SimCLR: two spoilt views of a picture attract, all others repel.
+
+    A batch is one letter in 16 faces, each in the same 16 palettes, so neither hue nor face nor letter alone
+    tells its pictures apart.
+    """
+    phi, g = Phi(), training.generator
+    every = masks()
+
+    def loss():
+        letter = torch.randint(len(LETTERS), (1,), generator=g).item()
+        faces = torch.randperm(len(every), generator=g)[:16].repeat_interleave(16)
+        ink, paper = (colour.repeat(16, 1) for colour in palettes(16, g))
+        images = paint(every[faces, letter], ink, paper)
+        features = torch.cat([phi(spoil(images, g)) for _ in range(2)])
+        logits = (features @ features.T / 0.2).fill_diagonal_(-torch.inf)
+        return F.cross_entropy(logits, torch.arange(512).roll(256))
+
+    training.fit(phi, loss, lambda: ship_head(phi, folder / "phi.safetensors"))
+
+
+def make_rater(training: Training, folder: Path) -> None:
+    """The hidden rater's reader: a classifier of letters; a page of any one colour is no letter to it."""
+    rater, g = Rater(), training.generator
+
+    def loss():
+        images, letters, _ = renders(256, g)
+        images, target = spoil(images, g), F.one_hot(letters, len(LETTERS)).float()
+        images[:32], target[:32] = spoil(palettes(32, g)[0][..., None, None].expand(32, 3, SIDE, SIDE), g), 1 / 26
+        return F.cross_entropy(rater.reader(images * 2 - 1), target)
+
+    training.fit(rater, loss, lambda: ship_head(rater, folder / "rater.safetensors"))
+
+
+def make_preference(training: Training, folder: Path, pairs: int = 3000) -> None:
+    """A reward model from `pairs` of the rater's choices between two renders of a letter (Bradley-Terry)."""
+    rater, name = read_head(Rater(), folder / "rater.safetensors"), training.part
+    model, g = Preference(), training.generator
+    g.manual_seed(training.seed)
+    letters = torch.randint(len(LETTERS), (pairs,), generator=g)
+    left, right = (renders(pairs, g, letters)[0] for _ in range(2))
+    odds = 10 * (rater.utility(left, letters) - rater.utility(right, letters))
+    chosen = torch.rand(pairs, generator=g) < odds.sigmoid()
+
+    def loss():
+        picked = torch.randint(pairs, (128,), generator=g)
+        c = letters[picked]
+        margin = model.score(left[picked], c) - model.score(right[picked], c)
+        return F.binary_cross_entropy_with_logits(margin, chosen[picked].float())
+
+    @torch.no_grad()
+    def export():
+        plain = Preference()
+        plain.load_state_dict(model.state_dict())
+        images, c, _ = renders(2048, torch.Generator().manual_seed(0))
+        scores = plain.score(images, c)
+        plain.scale.fill_(scores.std()), plain.shift.fill_(scores.mean())
+        ship_head(plain, folder / f"{name}.safetensors")
+
+    training.fit(model, loss, export)
+
+
+def make_faces(training: Training, folder: Path) -> None:
+    """The classifier of typefaces."""
+    faces, g = Faces(len(masks())), training.generator
+
+    def loss():
+        images, letters, which = renders(256, g)
+        return F.cross_entropy(faces.logits(spoil(images, g), letters), which)
+
+    training.fit(faces, loss, lambda: ship_head(faces, folder / "faces.safetensors"))
+
+
+def read_head(network: nn.Module, file: Path) -> nn.Module:
+    """A small network as it was shipped, frozen."""
+    from safetensors.torch import load_file
+
+    network.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
+    return network.eval().requires_grad_(False)
+
+
+MAKERS = {  # part: what makes it, steps, learning rate, seed
+    "vae": (make_vae, 4500, 5e-3, 4),
+    "flow": (make_flow, 24000, 2e-3, 5),
+    "phi": (make_phi, 1000, 2e-3, 1),
+    "rater": (make_rater, 1000, 2e-3, 2),
+    "preference": (make_preference, 600, 1e-3, 3),
+    "held_out": (make_preference, 600, 1e-3, 6),
+    "faces": (make_faces, 2000, 2e-3, 7),
+}
+Part = Literal["vae", "flow", "phi", "rater", "preference", "held_out", "faces"]
+
+
+def make(
+    folder: Path | str = WEIGHTS, parts: tuple[str, ...] = tuple(MAKERS), scale: float = 1.0, seed: int = 0,
+    resume: bool = False,
+) -> None:  # fmt: skip
+    """Train the parts in this order and export each; `scale` shortens all trainings alike."""
     keep_freed_memory()
     for part in parts:
-        build, steps, lr, seed = full[part]
-        build(Training(part, folder, max(20, round(steps * scale)), lr, seed, resume), folder)
+        build, steps, lr, its_seed = MAKERS[part]
+        build(
+            Training(part, Path(folder), max(20, round(steps * scale)), lr, 100 * seed + its_seed, resume), Path(folder)
+        )
+
+
+@in_one_line
+class Base(Options):
+    """Train the letters' base model and the networks beside it."""
+
+    output_dir: Path = WEIGHTS  # where the weights and checkpoints go
+    parts: tuple[Part, ...] = tuple(MAKERS)  # which, in this order
+    scale: Annotated[float, Gt(0), Le(100)] = 1.0  # share of the full training length
+    seed: Annotated[int, Ge(0)] = 0  # of all parts
+    resume: bool = False  # go on from the checkpoints in output_dir
+
+
+def make_as_asked(arguments: list[str] | None) -> None:
+    options = read(Base, "ref.worlds.letters_base", arguments)
+    make(options.output_dir, options.parts, options.scale, options.seed, options.resume)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command(make_as_asked, arguments)
+
 
 if __name__ == "__main__":
-    make(Path("/work/letters/run"), ["vae"], 1.0, True)
+    sys.exit(main())

@@ -33,9 +33,7 @@ PLAIN = {
     "GFL": r"GUST Font Licen[sc]e",
     "LPPL": r"\bLPPL\b|LaTeX Project Public Licen[sc]e",
 }
-DOUBTFUL = (
-    r"G\.?P\.?L|General Public|non-?commercial|personal|prohibited|must agree|based on the SIL|nosource|Topia|nearly free"
-)
+DOUBTFUL = r"G\.?P\.?L|General Public|non-?commercial|personal|prohibited|must agree|based on the SIL|nosource|Topia|nearly free"
 
 
 class Face(NamedTuple):
@@ -143,7 +141,9 @@ def make(folder: Path | str, output: Path | str, faces: int, least: int) -> tupl
     free = free_faces(folder)
     drawn = [(face, masks) for face in free if (masks := render(face.file)) is not None]
     if not drawn:
-        raise ValueError(f"no free font with A to Z below {folder}; unpack packages there: dpkg -x lato.deb {folder}/lato")
+        raise ValueError(
+            f"no free font with A to Z below {folder}; unpack packages there: dpkg -x lato.deb {folder}/lato"
+        )
     masks = np.stack([m for _, m in drawn])
     families = [face.family for face, _ in drawn]
     legible = np.flatnonzero(letters_read(masks, families) >= least)
