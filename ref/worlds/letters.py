@@ -179,12 +179,13 @@ def ink(images: Float[Tensor, "B 3 32 32"]) -> tuple[Float[Tensor, "B 32 32"], F
     """Where the ink is, in [0, 1], and its contrast to the paper in luma; the paper is the median of the frame."""
     frame = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, 1:-1, 0], images[:, :, 1:-1, -1]], 2)
     paper = frame.median(2).values
-    away = (images - paper[..., None, None]).norm(dim=1)
-    weight = away**4 / (away**4).sum((1, 2), keepdim=True).clamp_min(1e-12)
-    colour = (weight[:, None] * images).sum((2, 3))
-    strongest = (colour - paper).norm(dim=1)
-    where = (away / strongest[:, None, None].clamp_min(1e-6)).clamp(0, 1)
-    return where * (strongest > 1e-3)[:, None, None], luma(colour - paper).abs()
+    away = images - paper[..., None, None]
+    distance = away.norm(dim=1)
+    weight = distance**4 / (distance**4).sum((1, 2), keepdim=True).clamp_min(1e-12)
+    colour = (weight[:, None] * away).sum((2, 3))  # from the paper to the ink
+    strongest = colour.norm(dim=1)
+    where = (distance / strongest[:, None, None].clamp_min(1e-6)).clamp(0, 1)
+    return where * (strongest > 1e-3)[:, None, None], luma(colour).abs()
 
 
 class Rater(nn.Module):

@@ -323,7 +323,7 @@ def make(
     for part in parts:
         build, steps, lr, its_seed = MAKERS[part]
         build(
-            Training(part, Path(folder), max(20, round(steps * scale)), lr, 100 * seed + its_seed, resume), Path(folder)
+            Training(part, Path(folder), max(2, round(steps * scale)), lr, 100 * seed + its_seed, resume), Path(folder)
         )
 
 
