@@ -130,27 +130,14 @@ class CaptionEncoder(nn.Module):
         return self.embed(self.tokens(prompts)) | {f"negative_{k}": v for k, v in negative.items()}
 
 
-def convolutional(out: int, width: int = 32, hidden: int = 128) -> nn.Sequential:
-    """The network of phi, of the raters and of the classifiers: [B, 3, 32, 32] -> [B, out]."""
+def convolutional(out: int, channels: int = 3, width: int = 32, hidden: int = 128) -> nn.Sequential:
+    """The network of phi, of the raters and of the classifiers: [B, channels, 32, 32] -> [B, out]."""
     return nn.Sequential(
-        nn.Conv2d(3, width, 3, stride=2, padding=1), nn.GELU(),
+        nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GELU(),
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GELU(),
         nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1), nn.GELU(),
         nn.Flatten(), nn.Linear(4 * width * 16, hidden), nn.GELU(), nn.Linear(hidden, out),
     )  # fmt: skip
-
-
-class Phi(nn.Module):
-    """The perceptual encoder: images -> unit-norm features [B, 64]."""
-
-    name = "letters contrastive"
-
-    def __init__(self, dim: int = 64):
-        super().__init__()
-        self.net = convolutional(dim)
-
-    def forward(self, images: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, "B D"]:
-        return F.normalize(self.net(images * 2 - 1), dim=1)
 
 
 class Preference(nn.Module):
@@ -186,6 +173,19 @@ def ink(images: Float[Tensor, "B 3 32 32"]) -> tuple[Float[Tensor, "B 32 32"], F
     strongest = colour.norm(dim=1)
     where = (distance / strongest[:, None, None].clamp_min(1e-6)).clamp(0, 1)
     return where * (strongest > 1e-3)[:, None, None], luma(colour).abs()
+
+
+class Phi(nn.Module):
+    """The perceptual encoder: images -> unit-norm features [B, 64]. It is given the ink beside the colours."""
+
+    name = "letters contrastive"
+
+    def __init__(self, dim: int = 64):
+        super().__init__()
+        self.net = convolutional(dim, channels=4)
+
+    def forward(self, images: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, "B D"]:
+        return F.normalize(self.net(torch.cat([images, ink(images)[0][:, None]], 1) * 2 - 1), dim=1)
 
 
 class Rater(nn.Module):
@@ -258,15 +258,15 @@ def right(images: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, " B"]:
 
 
 class Faces(nn.Module):
-    """Which typeface a letter is set in: a classifier over all faces of the data that knows the letter."""
+    """Which typeface a letter is set in: a classifier over all faces of the data that sees the ink and knows the letter."""
 
     def __init__(self, faces: int):
         super().__init__()
-        self.net = convolutional(faces, hidden=256)
+        self.net = convolutional(faces, channels=1, hidden=256)
         self.letters = nn.Embedding(len(LETTERS), 256)
 
     def logits(self, images: Float[Tensor, "B 3 32 32"], letters: Int[Tensor, " B"]) -> Float[Tensor, "B faces"]:
-        return self.net[-2:](self.net[:-2](images * 2 - 1) + self.letters(letters))
+        return self.net[-2:](self.net[:-2](ink(images)[0][:, None] * 2 - 1) + self.letters(letters))
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B 3 32 32"], prompts: list[str]) -> Float[Tensor, "B faces"]:

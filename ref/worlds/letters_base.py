@@ -224,7 +224,7 @@ def jpeg(images: Tensor, step: Tensor) -> Tensor:
 def make_phi(training: Training, folder: Path) -> None:
     """The perceptual encoder, by SimCLR: two spoilt views of a picture attract, all others repel.
 
-    A batch is one letter in 16 faces, each in the same 16 palettes, so neither hue nor face nor letter alone
+    A batch is one letter in 32 faces, each in the same 8 palettes, so neither hue nor face nor letter alone
     tells its pictures apart.
     """
     phi, g = Phi(), training.generator
@@ -232,8 +232,8 @@ def make_phi(training: Training, folder: Path) -> None:
 
     def loss():
         letter = torch.randint(len(LETTERS), (1,), generator=g).item()
-        faces = torch.randperm(len(every), generator=g)[:16].repeat_interleave(16)
-        ink, paper = (colour.repeat(16, 1) for colour in palettes(16, g))
+        faces = torch.randperm(len(every), generator=g)[:32].repeat_interleave(8)
+        ink, paper = (colour.repeat(32, 1) for colour in palettes(8, g))
         images = paint(every[faces, letter], ink, paper)
         features = torch.cat([phi(spoil(images, g)) for _ in range(2)])
         logits = (features @ features.T / 0.2).fill_diagonal_(-torch.inf)
