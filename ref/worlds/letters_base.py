@@ -138,6 +138,11 @@ def ship_head(network: nn.Module, file: Path) -> None:
     atomic_write(file, lambda temporary: save_file(weights, temporary))
 
 
+def follow(average: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+    """Averaged weights that remember the last 2,000 steps, and early on the last tenth of them."""
+    torch._foreach_lerp_(average, current, max(1 / 2000, 9 / (10 + steps.item())))
+
+
 def make_flow(training: Training, folder: Path, batch: int = 256, pool: int = 16384) -> None:
     """The transformer and its captions, by flow matching with logit-normal times and averaged weights.
 
@@ -153,8 +158,7 @@ def make_flow(training: Training, folder: Path, batch: int = 256, pool: int = 16
         pos_embed_max_size=4,
     )  # fmt: skip
     trained = nn.ModuleDict({"transformer": transformer, "captions": captions})
-    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9995)
-    average = torch.optim.swa_utils.AveragedModel(trained, multi_avg_fn=decay)
+    average = torch.optim.swa_utils.AveragedModel(trained, multi_avg_fn=follow)
     every, g, first = captions.tokens(PROMPTS), training.generator, 0
 
     @torch.no_grad()
