@@ -1,9 +1,14 @@
 """Worlds where everything is known, or seen at a glance.
 
-mixture        Gaussian mixtures with the exact velocity; the replicator flow
-two_modes      two modes under PEC and GRPO, exactly, at finite group size
-many_modes     many modes likewise: PEC is sparsemax, the kernel softmax
-digits         SD3's own classes on scanned digits: model, reward, phi, judge
-digits_base    the training of their base weights
-figures        pictures of these worlds
+mixture          Gaussian mixtures with the exact velocity; the replicator flow
+two_modes        two modes under PEC and GRPO, exactly, at finite group size
+many_modes       many modes likewise: PEC is sparsemax, the kernel softmax
+digits           SD3's own classes on scanned digits: model, reward, phi, judge
+digits_base      the training of their base weights
+letters          SD3's own classes on coloured capitals of 360 free typefaces, judged by RapidOCR
+letters_base     the training of their base weights
+letters_masks    the drawing of their masks from font packages
+letters_quality  the base model beside its data
+recogniser       RapidOCR's recogniser, an independent reader
+figures          pictures of these worlds
 """

@@ -4,8 +4,9 @@ Data are A to Z of some hundred typefaces (`weights/letters/faces.csv` names eac
 as masks of 32 x 32 pixels, in random ink on random paper, captioned "a letter A". The model is a real
 `SD3Transformer2DModel` on the latents of a real `AutoencoderKL`, only small: 4 x 8 x 8 latents, 16 tokens.
 
-    python -m ref.worlds.letters_base        # trains everything again into ref/worlds/weights/letters (hours)
+    python -m ref.worlds.letters_base        # trains everything again, into outputs/letters_base (hours)
     python -m ref.worlds.letters_masks DIR   # draws the masks again from Debian's font packages (minutes)
+    python -m ref.worlds.letters_quality     # the base model beside its data
 
 **Reward.** What RLHF has: a hidden rater (`utility`: legible, heavy, contrasty) chose among pairs of renders,
 and a network learnt to predict the choices (`Preference`). It can be over-optimised. A second network, trained on

@@ -1,7 +1,7 @@
 """Makes the base weights of `letters.py` from nothing: the VAE, the flow transformer, raters, phi, classifiers.
 
-    python -m ref.worlds.letters_base                                  # into ref/worlds/weights/letters (hours)
-    python -m ref.worlds.letters_base --output-dir DIR --resume        # goes on where DIR's checkpoints stand
+    python -m ref.worlds.letters_base                               # into outputs/letters_base (hours)
+    python -m ref.worlds.letters_base --output-dir DIR --resume     # goes on where DIR's checkpoints stand
 
 Each part has its own seed, its own checkpoint (DIR/training/PART.pt, written every two minutes) and is exported
 with it, averaged weights and all: what DIR holds can be loaded at any time, and a part whose steps are done is
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from ref.options import Options, command, read
 from ref.scale.allocator import keep_freed_memory
 from ref.scale.checkpoint import atomic_write
+from ref.scale.paths import refuse_unwritable
+from ref.scale.signals import interruptible
 from ref.settings import in_one_line
 from ref.worlds.letters import (
     LETTERS,
     PROMPTS,
     SIDE,
-    WEIGHTS,
     CaptionEncoder,
     Faces,
     Phi,
@@ -71,7 +72,6 @@ class Training:
 
         def save(step: int) -> None:
             state = {"step": step} | {name: part.state_dict() for name, part in parts.items()}
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.file, lambda temporary: torch.save(state, temporary))
             export()
 
@@ -133,7 +133,6 @@ def ship_head(network: nn.Module, file: Path) -> None:
     """Write a small network in half precision."""
     from safetensors.torch import save_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.half().contiguous() for name, weight in network.state_dict().items()}
     atomic_write(file, lambda temporary: save_file(weights, temporary))
 
@@ -319,7 +318,7 @@ Part = Literal["vae", "flow", "phi", "rater", "preference", "held_out", "faces"]
 
 
 def make(
-    folder: Path | str = WEIGHTS, parts: tuple[str, ...] = tuple(MAKERS), scale: float = 1.0, seed: int = 0,
+    folder: Path | str, parts: tuple[str, ...] = tuple(MAKERS), scale: float = 1.0, seed: int = 0,
     resume: bool = False,
 ) -> None:  # fmt: skip
     """Train the parts in this order and export each; `scale` shortens all trainings alike."""
@@ -335,20 +334,25 @@ def make(
 class Base(Options):
     """Train the letters' base model and the networks beside it."""
 
-    output_dir: Path = WEIGHTS  # where the weights and checkpoints go
+    output_dir: Path = Path("outputs/letters_base")  # where the weights and checkpoints go
     parts: tuple[Part, ...] = tuple(MAKERS)  # which, in this order
     scale: Annotated[float, Gt(0), Le(100)] = 1.0  # share of the full training length
     seed: Annotated[int, Ge(0)] = 0  # of all parts
     resume: bool = False  # go on from the checkpoints in output_dir
+    overwrite: bool = False  # replace what is there already
 
 
 def make_as_asked(arguments: list[str] | None) -> None:
     options = read(Base, "ref.worlds.letters_base", arguments)
+    refuse_unwritable(options.output_dir / "config", "--output-dir")
+    there = [file for part in options.parts if (file := options.output_dir / "training" / f"{part}.pt").exists()]
+    if there and not (options.resume or options.overwrite):
+        raise ValueError(f"{there[0]} is there already; go on with --resume, or replace it with --overwrite")
     make(options.output_dir, options.parts, options.scale, options.seed, options.resume)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command(make_as_asked, arguments)
+    return interruptible(command, make_as_asked, arguments)
 
 
 if __name__ == "__main__":
