@@ -25,7 +25,7 @@ from tyro.conf import Positional
 
 from ref.options import Options, command, read
 from ref.settings import in_one_line
-from ref.worlds.letters import LETTERS, SIDE, pack
+from ref.worlds.letters_data import LETTERS, SIDE, pack
 
 PLAIN = {
     "OFL-1.1": r"Open ?Font Licen[sc]e|\bOFL\b",

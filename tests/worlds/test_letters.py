@@ -8,9 +8,10 @@ import torch
 
 from ref.metrics import feature_variance
 from ref.sampling import sample
-from ref.worlds import letters, letters_masks
-from ref.worlds.letters_base import jpeg, main, spoil
+from ref.worlds import letters, letters_data, letters_masks
+from ref.worlds.letters_base import main
 from ref.worlds.letters_quality import main as quality
+from ref.worlds.spoil import jpeg, spoil
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def drawn(count, seed=3, **options):
 
 def test_packing_keeps_sixteen_levels(rng):
     masks = torch.rand(3, 2, 32, 32, generator=rng).numpy()
-    again = letters.unpack(letters.pack(masks))
+    again = letters_data.unpack(letters_data.pack(masks))
     assert np.abs(again - masks).max() <= 0.5 / 15 + 1e-6
-    np.testing.assert_array_equal(letters.unpack(letters.pack(again)), again)
+    np.testing.assert_array_equal(letters_data.unpack(letters_data.pack(again)), again)
 
 
 def test_every_face_is_listed_with_a_plainly_free_licence():
@@ -124,8 +125,8 @@ def test_no_fonts_is_one_line(tmp_path, capsys):
 
 def test_colours_have_contrast_in_both_polarities(rng):
     ink, paper = letters.palettes(4000, rng)
-    difference = letters.luma(ink) - letters.luma(paper)
-    assert difference.abs().min() >= letters.CONTRAST
+    difference = letters_data.luma(ink) - letters_data.luma(paper)
+    assert difference.abs().min() >= letters_data.CONTRAST
     assert 0.4 < (difference > 0).float().mean() < 0.6
 
 
@@ -136,7 +137,7 @@ def test_ink_is_found_whatever_the_colours(rng):
     ink, paper = letters.palettes(40, rng)
     where, contrast = letters.ink(letters.paint(mask, ink, paper))
     assert (where - mask).abs().mean() < 0.05
-    torch.testing.assert_close(contrast, letters.luma(ink - paper).abs(), rtol=0.15, atol=0)
+    torch.testing.assert_close(contrast, letters_data.luma(ink - paper).abs(), rtol=0.15, atol=0)
     blank, none = letters.ink(paper[..., None, None].expand(-1, 3, 32, 32))
     assert blank.max() == 0 and none.max() < 1e-6
 
