@@ -13,7 +13,6 @@ from ref.worlds.letters_base import main
 from ref.worlds.letters_quality import main as quality
 from ref.worlds.spoil import jpeg, spoil
 
-
 PARTS = (
     "vae",
     "transformer",
