@@ -132,10 +132,10 @@ def follow(average: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
     torch._foreach_lerp_(average, current, max(1 / 2000, 9 / (10 + steps.item())))
 
 
-def make_flow(training: Training, folder: Path, batch: int = 256, pool: int = 16384) -> None:
+def make_flow(training: Training, folder: Path, batch: int = 160, pool: int = 16384) -> None:
     """The transformer and its captions, by flow matching with logit-normal times and averaged weights.
 
-    Latents wait in a pool from which batches are drawn; an eighth of a batch is rendered and encoded anew at each step.
+    Latents wait in a pool from which batches are drawn; a sixteenth of a batch is rendered and encoded anew at each step.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
@@ -160,9 +160,9 @@ def make_flow(training: Training, folder: Path, batch: int = 256, pool: int = 16
 
     def loss():
         nonlocal first
-        fresh = slice(first, first + batch // 8)
-        latents[fresh], tokens[fresh] = encoded(batch // 8)
-        first = (first + batch // 8) % len(latents)
+        fresh = slice(first, first + batch // 16)
+        latents[fresh], tokens[fresh] = encoded(batch // 16)
+        first = (first + batch // 16) % len(latents)
         picked = torch.randint(len(latents), (batch,), generator=g)
         x_data, words = latents[picked], tokens[picked].clone()
         words[torch.rand(batch, generator=g) < 0.1] = 0  # the empty caption
@@ -264,7 +264,7 @@ def read_head(network: nn.Module, file: Path) -> nn.Module:
 
 MAKERS = {  # part: what makes it, steps, learning rate, seed
     "vae": (make_vae, 4500, 5e-3, 4),
-    "flow": (make_flow, 24000, 2e-3, 5),
+    "flow": (make_flow, 16000, 2e-3, 5),
     "phi": (make_phi, 1000, 2e-3, 1),
     "rater": (make_rater, 1000, 2e-3, 2),
     "preference": (make_preference, 600, 1e-3, 3),
