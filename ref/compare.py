@@ -54,12 +54,24 @@ from ref.train import Work, asked, described, run
 
 FORMAT = 1  # of summary.json: one of another format is not read, but made again from the run's checkpoint
 AGAIN = "the same command goes on"
-ENCODERS = {"mixture": ("direction",), "digits": ("contrastive", "reader", "random")}  # the preset's own first
+SPACES = ("contrastive", "preference", "faces")  # of the letters
+ENCODERS = {
+    "mixture": ("direction",),
+    "letters": SPACES,
+    "letters_rule": SPACES,
+    "digits": ("contrastive", "reader", "random"),
+}  # the preset's own first
 
 # Quality and diversity columns with their formats; higher is better. The judge, and the spaces other
 # than the run's own phi, are seen by nothing in training. A column has one unit for all rows: what is measured in a
 # run's own phi is in none of them where runs differ in phi. The first diversity column is the front's.
+LETTERS = (
+    {"reward": ".3f", "held_out": ".3f", "utility": ".3f", "legibility": ".3f"},
+    {f"var_{space}": ".3f" for space in SPACES} | {"typefaces": ".1f", "colour": ".3f", "pixel_variance": ".1f"},
+)
 COLUMNS = {
+    "letters": LETTERS,
+    "letters_rule": ({"reward": ".3f", "right": ".2f", "legibility": ".3f"}, LETTERS[1]),
     "mixture": (
         {"reward": ".3f"},
         {"feature_variance": ".3f", "pairwise_distance": ".3f", "effective_modes": ".2f", "pixel_variance": ".2f"},

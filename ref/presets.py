@@ -5,6 +5,7 @@ A preset is a function that builds a `Task`, and the settings and options it run
 | preset         | model                                          | settings of                               |
 |----------------|------------------------------------------------|-------------------------------------------|
 | `mixture`      | six modes in the plane, exact velocity + MLP   | this project                              |
+| `letters`      | SD3's classes on coloured capitals, LoRA r16; `letters_rule` has another reward | this project |
 | `digits`       | SD3's classes on scanned digits, LoRA r16      | this project                              |
 | `sd35_medium`  | SD3.5-Medium, 512 px, LoRA r32                 | Flow-GRPO: 10 steps, CFG 4.5, noise 0.7   |
 | `flux_dev`     | FLUX.1-dev, 512 px, LoRA r64                   | Flow-GRPO: 6 steps, guidance 3.5, noise 0.9 |
@@ -40,6 +41,7 @@ PickScore in float32 (3.7 GiB), averaged weights, 1 GiB for CUDA, and a tenth.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -126,6 +128,17 @@ def digits(encoder: str | Callable | None = None) -> Task:
             metrics.feature_variance(grouped(f(images), prompts)).mean().item()
         )
     return Task(model, digits.PROMPTS, reward, chosen(spaces, encoder), measures)
+
+
+def letters(encoder: str | None = None, rule: bool = False) -> Task:
+    """Twenty-six captions; the reward is a preference model or, with `rule`, that a letter is read and leans to the right."""
+    from ref.worlds import letters
+
+    heads, judge, model = letters.read_heads(letters.WEIGHTS), letters.Judge(), letters.load_model()
+    model.add_lora(rank=16, alpha=32)
+    reward = letters.Lean(judge) if rule else heads["preference"]
+    phi = chosen(letters.spaces(heads), encoder)
+    return Task(model, letters.PROMPTS, reward, phi, letters.measures(heads, judge), images_per_prompt=24)
 
 
 def grouped(features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -228,12 +241,15 @@ DANCE_GRPO = Settings(
     iterations=300, groups=8, group_size=12, updates=1, micro_batch=0, steps=16, kind="dance_sde", noise_level=0.3,
     lr=3e-4, trained=0.6, same_noise=True,
 )  # fmt: skip
+LETTERS = Settings(iterations=80, groups=5, group_size=24, window=4, lr=4e-3, lr_schedule="cosine", clip=1e-2)
 PRESETS = {
     "mixture": Preset(mixture, Settings(iterations=150, groups=32, group_size=16, updates=1, lr=1e-3, clip=0.2)),
     "digits": Preset(
         digits,
         Settings(iterations=100, groups=5, group_size=24, window=4, lr=4e-3, lr_schedule="cosine", clip=1e-2),
     ),
+    "letters": Preset(letters, LETTERS),
+    "letters_rule": Preset(partial(letters, rule=True), LETTERS),
     "sd35_medium": Preset(
         text_to_image,
         FLOW_GRPO,

@@ -6,12 +6,5 @@ many_modes       many modes likewise: PEC is sparsemax, the kernel softmax
 digits           SD3's own classes on scanned digits: model, reward, phi, judge
 digits_base      the training of their base weights
 letters          SD3's own classes on coloured capitals of 360 free typefaces, judged by RapidOCR
-letters_data     their faces and colours
-letters_judges   who looks at them: phi, raters, readers
-letters_base     the training of their base weights
-letters_masks    the drawing of their faces from font packages
-letters_quality  the base model beside its data
-recogniser       RapidOCR's recogniser, an independent reader
-spoil            blur, blotches, noise, compression
 figures          pictures of these worlds
 """

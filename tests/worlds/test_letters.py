@@ -8,10 +8,11 @@ import torch
 
 from ref.metrics import feature_variance
 from ref.sampling import sample
-from ref.worlds import letters, letters_data, letters_masks
-from ref.worlds.letters_base import main
-from ref.worlds.letters_quality import main as quality
-from ref.worlds.spoil import jpeg, spoil
+from ref.worlds import letters
+from ref.worlds.letters import data, fonts
+from ref.worlds.letters.base import main
+from ref.worlds.letters.quality import main as quality
+from ref.worlds.letters.spoil import jpeg, spoil
 
 PARTS = (
     "vae",
@@ -43,9 +44,9 @@ def drawn(count, seed=3, **options):
 
 def test_packing_keeps_sixteen_levels(rng):
     masks = torch.rand(3, 2, 32, 32, generator=rng).numpy()
-    again = letters_data.unpack(letters_data.pack(masks))
+    again = data.unpack(data.pack(masks))
     assert np.abs(again - masks).max() <= 0.5 / 15 + 1e-6
-    np.testing.assert_array_equal(letters_data.unpack(letters_data.pack(again)), again)
+    np.testing.assert_array_equal(data.unpack(data.pack(again)), again)
 
 
 def test_every_face_is_listed_with_a_plainly_free_licence():
@@ -54,7 +55,7 @@ def test_every_face_is_listed_with_a_plainly_free_licence():
     masks = letters.masks()
     assert masks.shape == (len(rows), 26, 32, 32) and len(rows) >= 300
     assert len({row["face"] for row in rows}) == len(rows)
-    assert {row["licence"] for row in rows} <= set(letters_masks.PLAIN)
+    assert {row["licence"] for row in rows} <= set(fonts.PLAIN)
     assert all(row["package"] and row["family"] for row in rows)
     assert (masks.amax((2, 3)) > 0.3).all()
 
@@ -73,7 +74,7 @@ def test_every_face_is_listed_with_a_plainly_free_licence():
     ],
 )
 def test_licences_are_taken_at_their_word(words, expected):
-    assert letters_masks.licence(words) == expected
+    assert fonts.licence(words) == expected
 
 
 def make_font(file, name, licence, width):
@@ -106,9 +107,9 @@ def test_masks_are_drawn_from_free_fonts_only(tmp_path):
     make_font(tmp_path / "one" / "a.ttf", "Bar", "SIL Open Font License", 300)
     make_font(tmp_path / "two" / "b.ttf", "Closed", "All rights reserved", 300)
     (tmp_path / "two" / "broken.otf").write_bytes(b"OTTO")
-    (face,) = letters_masks.free_faces(tmp_path)
+    (face,) = fonts.free_faces(tmp_path)
     assert face[1:] == ("Bar", "Bar", "one", "OFL-1.1")
-    masks = letters_masks.render(face.file)
+    masks = fonts.render(face.file)
     assert masks.shape == (26, 32, 32)
     expected = 20 * 20 * 300 / 700  # H is 20 pixels high
     assert masks.sum((1, 2)) == pytest.approx(expected, rel=0.1)
@@ -119,12 +120,12 @@ def test_masks_are_drawn_from_free_fonts_only(tmp_path):
 def test_of_look_alikes_one_stays(rng):
     masks = torch.rand(6, 26, 32, 32, generator=rng).numpy()
     masks[3], masks[5] = masks[1] + 1e-3, masks[1] - 1e-3
-    left = letters_masks.unlike(masks, 4)
+    left = fonts.unlike(masks, 4)
     assert len(left) == 4 and {0, 2, 4} < set(left)
 
 
 def test_no_fonts_is_one_line(tmp_path, capsys):
-    assert letters_masks.main([str(tmp_path)]) == 2
+    assert fonts.main([str(tmp_path)]) == 2
     assert "no free font" in capsys.readouterr().err
 
 
@@ -133,8 +134,8 @@ def test_no_fonts_is_one_line(tmp_path, capsys):
 
 def test_colours_have_contrast_in_both_polarities(rng):
     ink, paper = letters.palettes(4000, rng)
-    difference = letters_data.luma(ink) - letters_data.luma(paper)
-    assert difference.abs().min() >= letters_data.CONTRAST
+    difference = data.luma(ink) - data.luma(paper)
+    assert difference.abs().min() >= data.CONTRAST
     assert 0.4 < (difference > 0).float().mean() < 0.6
 
 
@@ -145,7 +146,7 @@ def test_ink_is_found_whatever_the_colours(rng):
     ink, paper = letters.palettes(40, rng)
     where, contrast = letters.ink(letters.paint(mask, ink, paper))
     assert (where - mask).abs().mean() < 0.05
-    torch.testing.assert_close(contrast, letters_data.luma(ink - paper).abs(), rtol=0.15, atol=0)
+    torch.testing.assert_close(contrast, data.luma(ink - paper).abs(), rtol=0.15, atol=0)
     blank, none = letters.ink(paper[..., None, None].expand(-1, 3, 32, 32))
     assert blank.max() == 0 and none.max() < 1e-6
 
@@ -271,5 +272,5 @@ def test_training_in_fast_mode_resumes_and_is_loaded(tmp_path, capsys):
 
 
 def test_missing_weights_name_the_command(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python -m ref.worlds.letters_base"):
+    with pytest.raises(FileNotFoundError, match="python -m ref.worlds.letters.base"):
         letters.load(tmp_path)

@@ -8,6 +8,7 @@ Judge        legibility by RapidOCR, which nobody here trained
 Faces        how many typefaces are drawn
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ref.worlds.letters_data import LETTERS, SIDE, label, labels, luma, masks
-from ref.worlds.recogniser import Recogniser
+from ref.metrics import feature_variance
+from ref.worlds.letters.data import LETTERS, SIDE, label, labels, luma, masks
+from ref.worlds.letters.recogniser import Recogniser
 
 
 def convolutional(out: int, channels: int = 3, width: int = 32, hidden: int = 128) -> nn.Sequential:
@@ -108,6 +110,19 @@ class Preference(nn.Module):
         return self.score(images, labels(prompts))
 
 
+class PreferenceFeatures(nn.Module):
+    """The reward model's own features, as PickScore's are in the paper: its last hidden layer, unit norm, [B, 64]."""
+
+    name = "letters preference"
+
+    def __init__(self, preference: Preference):
+        super().__init__()
+        self.net = preference.net[:-1]
+
+    def forward(self, images: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, "B D"]:
+        return F.normalize(self.net(images * 2 - 1), dim=1)
+
+
 class Faces(nn.Module):
     """Which typeface a letter is set in: a classifier over all faces of the data that sees the ink and knows the letter."""
 
@@ -120,17 +135,27 @@ class Faces(nn.Module):
         return self.net[-2:](self.net[:-2](ink(images)[0][:, None] * 2 - 1) + self.letters(letters))
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "B 3 32 32"], prompts: list[str]) -> Float[Tensor, "B faces"]:
-        return self.logits(images, labels(prompts))
-
     def effective_number(self, images: Float[Tensor, "B 3 32 32"], prompts: list[str]) -> float:
         """1 / probability that two images of a prompt show the same face; all pairs, so no bias from their number."""
-        shown = self(images, prompts).argmax(1)
+        shown = self.logits(images, labels(prompts)).argmax(1)
         groups = [shown[labels(prompts) == c].bincount().double() for c in labels(prompts).unique()]
         same, pairs = (
             sum(f(n) for n in groups) for f in (lambda n: (n * (n - 1)).sum(), lambda n: n.sum() * (n.sum() - 1))
         )
         return (pairs / same.clamp_min(1)).item()
+
+
+class FaceFeatures(nn.Module):
+    """What the classifier of typefaces sees, blind to colour: its hidden layer before it is told the letter, unit norm, [B, 256]."""
+
+    name = "letters faces"
+
+    def __init__(self, faces: Faces):
+        super().__init__()
+        self.net = faces.net[:-2]
+
+    def forward(self, images: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, "B D"]:
+        return F.normalize(self.net(ink(images)[0][:, None] * 2 - 1), dim=1)
 
 
 class Judge:
@@ -169,6 +194,38 @@ class Lean(nn.Module):
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "B 3 32 32"], prompts: list[str]) -> Float[Tensor, " B"]:
         return self.judge.read(images, prompts) * torch.sigmoid((right(images) - 2) / 0.5)
+
+
+def spaces(heads: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The three perceptual spaces: phi, the reward model's own, and the typefaces'."""
+    own, faces = PreferenceFeatures(heads["preference"]), FaceFeatures(heads["faces"])
+    return {"contrastive": heads["phi"], "preference": own, "faces": faces}
+
+
+def measures(heads: dict[str, nn.Module], judge: Judge) -> dict[str, Callable[[Tensor, list[str]], float]]:
+    """What is measured of images [G K, 3, 32, 32], group-major: quality that no training sees, then diversity.
+
+    Diversity is within a prompt: the variance of features, the effective number of typefaces, the variance of a
+    picture's mean colour.
+    """
+
+    def average(score: Callable) -> Callable:
+        return lambda images, prompts: score(images, prompts).mean().item()
+
+    def variance(phi: Callable) -> Callable:
+        def within(images: Tensor, prompts: list[str]) -> float:
+            return feature_variance(phi(images).unflatten(0, (len(set(prompts)), -1))).mean().item()
+
+        return within
+
+    quality = {"preference": heads["preference"], "held_out": heads["held_out"], "utility": heads["rater"], "right": lambda images, _: right(images)}  # fmt: skip
+    seen = {f"var_{name}": phi for name, phi in spaces(heads).items()} | {"colour": lambda images: images.mean((2, 3))}
+    return (
+        {"legibility": judge}
+        | {name: average(score) for name, score in quality.items()}
+        | {name: variance(phi) for name, phi in seen.items()}
+        | {"typefaces": heads["faces"].effective_number}
+    )
 
 
 def read_heads(folder: Path) -> dict[str, nn.Module]:

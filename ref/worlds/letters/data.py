@@ -1,7 +1,7 @@
 """The letters' data: capitals of free typefaces in random ink on random paper, drawn as one goes.
 
-`weights/letters/masks.npz` holds the ink of every face and letter, `faces.csv` the faces' names, packages and
-licences; letters_masks.py made both.
+`weights/masks.npz` holds the ink of every face and letter, `faces.csv` the faces' names, packages and
+licences; fonts.py made both.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-WEIGHTS = Path(__file__).parent / "weights" / "letters"
+WEIGHTS = Path(__file__).parent / "weights"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PROMPTS = [f"a letter {letter}" for letter in LETTERS]
 SIDE = 32  # pixels

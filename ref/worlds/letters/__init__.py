@@ -1,12 +1,12 @@
 """Text-to-image in miniature: SD3's own classes, trained from scratch on coloured capitals of free typefaces.
 
-Data are A to Z of some hundred typefaces (`weights/letters/faces.csv` names each with its package and licence)
+Data are A to Z of some hundred typefaces (`weights/faces.csv` names each with its package and licence)
 as masks of 32 x 32 pixels, in random ink on random paper, captioned "a letter A". The model is a real
 `SD3Transformer2DModel` on the latents of a real `AutoencoderKL`, only small: 4 x 8 x 8 latents, 16 tokens.
 
-    python -m ref.worlds.letters_base        # trains everything again, into outputs/letters_base (hours)
-    python -m ref.worlds.letters_masks DIR   # draws the masks again from Debian's font packages (minutes)
-    python -m ref.worlds.letters_quality     # the base model beside its data
+    python -m ref.worlds.letters.base        # trains everything again, into outputs/letters_base (hours)
+    python -m ref.worlds.letters.fonts DIR   # draws the masks again from Debian's font packages (minutes)
+    python -m ref.worlds.letters.quality     # the base model beside its data
 
 **Reward.** What RLHF has: a hidden rater (`utility`: legible, heavy, contrasty) chose among pairs of renders,
 and a network learnt to predict the choices (`Preference`). It can be over-optimised. A second network, trained on
@@ -17,7 +17,7 @@ middle, read by RapidOCR. The base model rarely meets it, and every face and eve
 the same letter, in the same colours or the same face, whatever noise, blur, compression and blotches do to it:
 it sees the face and the hues and is blind to what a policy could spoil a picture with.
 
-**Judges** (letters_judges.py). RapidOCR's recogniser, which nobody here trained, says how many letters are
+**Judges** (judges.py). RapidOCR's recogniser, which nobody here trained, says how many letters are
 read; a classifier of typefaces says how many faces are drawn.
 """
 
@@ -28,12 +28,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ref.models.sd3 import SD3
-from ref.worlds.letters_data import LETTERS, PROMPTS, WEIGHTS, label, labels, masks, paint, palettes, renders
-from ref.worlds.letters_judges import Judge, Lean, Phi, Preference, ink, read_heads, right
+from ref.worlds.letters.data import LETTERS, PROMPTS, WEIGHTS, label, labels, masks, paint, palettes, renders
+from ref.worlds.letters.judges import Judge, Lean, Phi, Preference, ink, measures, read_heads, right, spaces
 
 __all__ = [
     "LETTERS", "PROMPTS", "VOCABULARY", "WEIGHTS", "CaptionEncoder", "Judge", "Lean", "Phi", "Preference", "ink",
-    "label", "labels", "load", "load_model", "masks", "paint", "palettes", "read_heads", "renders", "right",
+    "label", "labels", "load", "load_model", "masks", "measures", "paint", "palettes", "read_heads", "renders", "right", "spaces",
 ]  # fmt: skip
 VOCABULARY = ("", "a", "letter", *LETTERS)
 
@@ -74,7 +74,7 @@ def load_model(folder: Path | str = WEIGHTS, guidance_scale: float = 1.0) -> SD3
     folder = Path(folder)
     if not (folder / "captions.safetensors").exists():
         raise FileNotFoundError(
-            f"no letters weights in {folder}; make them with: python -m ref.worlds.letters_base --output-dir {folder}"
+            f"no letters weights in {folder}; make them with: python -m ref.worlds.letters.base --output-dir {folder}"
         )
     captions = CaptionEncoder()
     captions.load_state_dict({k: v.float() for k, v in load_file(folder / "captions.safetensors").items()})

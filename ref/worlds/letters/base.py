@@ -1,7 +1,7 @@
 """Makes the base weights of `letters.py` from nothing: the VAE, the flow transformer, raters, phi, classifiers.
 
-    python -m ref.worlds.letters_base                               # into outputs/letters_base (hours)
-    python -m ref.worlds.letters_base --output-dir DIR --resume     # goes on where DIR's checkpoints stand
+    python -m ref.worlds.letters.base                               # into outputs/letters_base (hours)
+    python -m ref.worlds.letters.base --output-dir DIR --resume     # goes on where DIR's checkpoints stand
 
 Each part has its own seed, its own checkpoint (DIR/training/PART.pt, written every two minutes) and is exported
 with it, averaged weights and all: what DIR holds can be loaded at any time, and a part whose steps are done is
@@ -28,9 +28,9 @@ from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.settings import in_one_line
 from ref.worlds.letters import CaptionEncoder
-from ref.worlds.letters_data import LETTERS, PROMPTS, SIDE, masks, paint, palettes, renders
-from ref.worlds.letters_judges import Faces, Phi, Preference, Rater
-from ref.worlds.spoil import spoil
+from ref.worlds.letters.data import LETTERS, PROMPTS, SIDE, masks, paint, palettes, renders
+from ref.worlds.letters.judges import Faces, Phi, Preference, Rater
+from ref.worlds.letters.spoil import spoil
 
 
 class Training:
@@ -300,7 +300,7 @@ class Base(Options):
 
 
 def make_as_asked(arguments: list[str] | None) -> None:
-    options = read(Base, "ref.worlds.letters_base", arguments)
+    options = read(Base, "ref.worlds.letters.base", arguments)
     refuse_unwritable(options.output_dir / "config", "--output-dir")
     there = [file for part in options.parts if (file := options.output_dir / "training" / f"{part}.pt").exists()]
     if there and not (options.resume or options.overwrite):

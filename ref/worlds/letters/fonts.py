@@ -2,7 +2,7 @@
 
     apt-get download texlive-fonts-extra fonts-lato ...       # the packages that faces.csv names; nothing is installed
     for deb in *.deb; do dpkg -x $deb DIR/${deb%%_*}; done
-    python -m ref.worlds.letters_masks DIR                    # masks.npz and faces.csv, into outputs/letters_masks
+    python -m ref.worlds.letters.fonts DIR                    # masks.npz and faces.csv, into outputs/letters_fonts
 
 **Licences.** A face is taken only when the font file itself says in its name table that it stands under the SIL
 Open Font License, the Apache License, the GUST Font License or the LPPL, and names nothing that would qualify this
@@ -25,7 +25,7 @@ from tyro.conf import Positional
 
 from ref.options import Options, command, read
 from ref.settings import in_one_line
-from ref.worlds.letters_data import LETTERS, SIDE, pack
+from ref.worlds.letters.data import LETTERS, SIDE, pack
 
 PLAIN = {
     "OFL-1.1": r"Open ?Font Licen[sc]e|\bOFL\b",
@@ -163,13 +163,13 @@ class Masks(Options):
     """Draw the letters' masks from unpacked font packages."""
 
     fonts: Positional[Path]  # a folder with one folder for each package
-    output_dir: Path = Path("outputs/letters_masks")  # where masks.npz and faces.csv go
+    output_dir: Path = Path("outputs/letters_fonts")  # where masks.npz and faces.csv go
     faces: Annotated[int, Ge(2)] = 360  # how many are kept
     least: Annotated[int, Ge(0)] = 26  # of a face's 26 letters that the reader must read
 
 
 def make_as_asked(arguments: list[str] | None) -> None:
-    options = read(Masks, "ref.worlds.letters_masks", arguments)
+    options = read(Masks, "ref.worlds.letters.fonts", arguments)
     free, drawn, legible = make(options.fonts, options.output_dir, options.faces, options.least)
     print(f"{free} free faces, {drawn} drawn, {legible} legible, {min(legible, options.faces)} kept")
 
