@@ -132,7 +132,7 @@ def follow(average: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
     torch._foreach_lerp_(average, current, max(1 / 2000, 9 / (10 + steps.item())))
 
 
-def make_flow(training: Training, folder: Path, batch: int = 160, pool: int = 16384) -> None:
+def make_flow(training: Training, folder: Path, batch: int = 160, pool: int = 16000) -> None:
     """The transformer and its captions, by flow matching with logit-normal times and averaged weights.
 
     Latents wait in a pool from which batches are drawn; a sixteenth of a batch is rendered and encoded anew at each step.
@@ -264,7 +264,7 @@ def read_head(network: nn.Module, file: Path) -> nn.Module:
 
 MAKERS = {  # part: what makes it, steps, learning rate, seed
     "vae": (make_vae, 4500, 5e-3, 4),
-    "flow": (make_flow, 16000, 2e-3, 5),
+    "flow": (make_flow, 10000, 2e-3, 5),
     "phi": (make_phi, 1000, 2e-3, 1),
     "rater": (make_rater, 1000, 2e-3, 2),
     "preference": (make_preference, 600, 1e-3, 3),
