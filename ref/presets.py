@@ -138,7 +138,7 @@ def letters(encoder: str | None = None, rule: bool = False) -> Task:
     model.add_lora(rank=16, alpha=32)
     reward = letters.Lean(judge) if rule else heads["preference"]
     phi = chosen(letters.spaces(heads), encoder)
-    return Task(model, letters.PROMPTS, reward, phi, letters.measures(heads, judge), images_per_prompt=24)
+    return Task(model, letters.PROMPTS, reward, phi, letters.measures(heads, judge), images_per_prompt=20)
 
 
 def grouped(features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -241,7 +241,9 @@ DANCE_GRPO = Settings(
     iterations=300, groups=8, group_size=12, updates=1, micro_batch=0, steps=16, kind="dance_sde", noise_level=0.3,
     lr=3e-4, trained=0.6, same_noise=True,
 )  # fmt: skip
-LETTERS = Settings(iterations=80, groups=5, group_size=24, window=4, lr=4e-3, lr_schedule="cosine", clip=1e-2)
+LETTERS = Settings(
+    iterations=40, groups=4, group_size=20, steps=8, window=3, lr=4e-3, lr_schedule="cosine", clip=1e-2
+)  # fmt: skip
 PRESETS = {
     "mixture": Preset(mixture, Settings(iterations=150, groups=32, group_size=16, updates=1, lr=1e-3, clip=0.2)),
     "digits": Preset(

@@ -22,13 +22,14 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from ref.options import Options, command, read
+from ref.sampling import sample
 from ref.scale.allocator import keep_freed_memory
 from ref.scale.checkpoint import atomic_write
 from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.settings import in_one_line
-from ref.worlds.letters import CaptionEncoder
-from ref.worlds.letters.data import LETTERS, PROMPTS, SIDE, masks, paint, palettes, renders
+from ref.worlds.letters import CaptionEncoder, load_model
+from ref.worlds.letters.data import LETTERS, PROMPTS, SIDE, labels, masks, paint, palettes, renders
 from ref.worlds.letters.judges import Faces, Phi, Preference, Rater
 from ref.worlds.letters.spoil import spoil
 
@@ -215,28 +216,38 @@ def make_rater(training: Training, folder: Path) -> None:
     training.fit(rater, loss, lambda: ship_head(rater, folder / "rater.safetensors"))
 
 
-def make_preference(training: Training, folder: Path, pairs: int = 3000) -> None:
-    """A reward model from `pairs` of the rater's choices between two renders of a letter (Bradley-Terry)."""
+def make_preference(training: Training, folder: Path, drawn: int = 320) -> None:
+    """A reward model from the rater's choices between pairs of the base model's samples (Bradley-Terry), `drawn` a letter.
+
+    As in RLHF's own data, some are poor: half are spoilt, and one in eight shows another letter than was asked for.
+    """
     rater, name = read_head(Rater(), folder / "rater.safetensors"), training.part
     model, g = Preference(), training.generator
+    drawn = drawn if training.steps > 100 else 2
+    base = load_model(folder)
+    layout = list(torch.arange(len(PROMPTS) * drawn).split(256))
+    own = sample(base, PROMPTS, drawn, base.schedule(10).ode(), (name, training.seed), layout)
     g.manual_seed(training.seed)
-    letters = torch.randint(len(LETTERS), (pairs,), generator=g)
-    left, right = (renders(pairs, g, letters)[0] for _ in range(2))
-    odds = 10 * (rater.utility(left, letters) - rater.utility(right, letters))
-    chosen = torch.rand(pairs, generator=g) < odds.sigmoid()
+    spoilt = torch.rand(len(own.images), 1, 1, 1, generator=g) < 0.5
+    images = torch.where(spoilt, spoil(own.images, g), own.images).unflatten(0, (len(LETTERS), -1))
+
+    def side(asked: Tensor) -> Tensor:
+        shown = torch.where(torch.rand(len(asked), generator=g) < 1 / 8, torch.randint(len(LETTERS), asked.shape, generator=g), asked)  # fmt: skip
+        return images[shown, torch.randint(drawn, asked.shape, generator=g)]
 
     def loss():
-        picked = torch.randint(pairs, (128,), generator=g)
-        c = letters[picked]
-        margin = model.score(left[picked], c) - model.score(right[picked], c)
-        return F.binary_cross_entropy_with_logits(margin, chosen[picked].float())
+        asked = torch.randint(len(LETTERS), (128,), generator=g)
+        left, right = side(asked), side(asked)
+        odds = 10 * (rater.utility(left, asked) - rater.utility(right, asked))
+        chosen = torch.rand(128, generator=g) < odds.sigmoid()
+        margin = model.score(left, asked) - model.score(right, asked)
+        return F.binary_cross_entropy_with_logits(margin, chosen.float())
 
     @torch.no_grad()
     def export():
         plain = Preference()
         plain.load_state_dict(model.state_dict())
-        images, c, _ = renders(2048, torch.Generator().manual_seed(0))
-        scores = plain.score(images, c)
+        scores = plain.score(own.images, labels(own.prompts))
         plain.scale.fill_(scores.std()), plain.shift.fill_(scores.mean())
         ship_head(plain, folder / f"{name}.safetensors")
 
@@ -267,8 +278,8 @@ MAKERS = {  # part: what makes it, steps, learning rate, seed
     "flow": (make_flow, 10000, 2e-3, 5),
     "phi": (make_phi, 1000, 2e-3, 1),
     "rater": (make_rater, 1000, 2e-3, 2),
-    "preference": (make_preference, 600, 1e-3, 3),
-    "held_out": (make_preference, 600, 1e-3, 6),
+    "preference": (make_preference, 1200, 1e-3, 3),
+    "held_out": (make_preference, 1200, 1e-3, 6),
     "faces": (make_faces, 2000, 2e-3, 7),
 }
 Part = Literal["vae", "flow", "phi", "rater", "preference", "held_out", "faces"]

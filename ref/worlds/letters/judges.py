@@ -97,7 +97,7 @@ class Preference(nn.Module):
         super().__init__()
         self.net = convolutional(1, hidden=64)
         self.letters = nn.Embedding(len(LETTERS), 64)
-        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)  # such that renders have mean 0 and std 1
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)  # such that the base model has mean 0 and std 1
         self.shift = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def score(self, images: Float[Tensor, "B 3 32 32"], letters: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
