@@ -24,7 +24,8 @@ Four wings:
 
 And the commands, `python -m ref` and `python -m ref.NAME`:
 
-    train         one run        presets      what is trained on what, towards what
+    train         one run        runs         what a run is, in options and in words
+    presets       what is trained on what, towards what
     evaluate      one row        compare      many runs, one table
     benchmark/    what it costs  options      a command line from a declaration
 """

@@ -15,10 +15,11 @@ from annotated_types import Ge, Le
 from ref import figures
 from ref.options import Options, command, read
 from ref.presets import PRESETS
+from ref.runs import described
 from ref.scale.directory import Alone, refuse_another, write_json
 from ref.scale.signals import interruptible
 from ref.settings import Settings, in_one_line
-from ref.train import described, run
+from ref.train import run
 from ref.worlds import digits
 
 RUNS = {"flow_grpo": None, "pec": 1.0, "pcvae": 0.5}  # method -> lambda

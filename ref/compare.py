@@ -44,13 +44,14 @@ from ref.methods import METHODS
 from ref.metrics import normalized_average, table
 from ref.options import command, near
 from ref.presets import LARGE, PRESETS
+from ref.runs import Work, asked, described
 from ref.scale.checkpoint import atomic_write
 from ref.scale.directory import Alone, refuse_another, write_json
 from ref.scale.signals import ignoring_interrupts, interruptible, stopping
 from ref.scoring.encoders import check_name
 from ref.scoring.own import is_own
 from ref.settings import in_one_line
-from ref.train import Work, asked, described, run
+from ref.train import run
 
 FORMAT = 1  # of summary.json: one of another format is not read, but made again from the run's checkpoint
 AGAIN = "the same command goes on"

@@ -46,6 +46,8 @@ from ref.scale.checkpoint import atomic_write
 from ref.scale.directory import RECORD, read_record
 from ref.scale.memory import out_of_memory
 from ref.scale.paths import refuse_unwritable
+from ref.scale.processes import DEVICES, device_type
+from ref.scale.shown import bar, showing
 from ref.scale.textfiles import read_table
 from ref.scoring.encoders import check_name, load_encoder
 from ref.scoring.load import check_prompts, load_reward, parse
@@ -99,10 +101,8 @@ def evaluate(
 
     Raises ValueError naming network and prompt for a NaN.
     """
-    from tqdm import tqdm
-
     values = {}
-    for number, prompt in enumerate(tqdm(prompts, "prompts")):
+    for number, prompt in enumerate(bar(prompts, "prompts")):
         images, repeated = draw(pipe, prompt, number, images_per_prompt, batch, **options), [prompt] * images_per_prompt
         if keep:
             keep(number, images)
@@ -223,6 +223,7 @@ class Evaluation(Options):
     height: Pixels | None = None  # in pixels (None: the run's, or the pipeline's)
     width: Pixels | None = None  # in pixels (None: the run's, or the pipeline's)
     batch: Annotated[int, Ge(1), Le(10**4)] = 4  # images at once
+    device: Literal[DEVICES] | None = None  # (None: the GPU where there is one)
     images: Path | None = None  # folder for the images as PNG
     output: Path | None = None  # the row as CSV, or the table (None: standard output)
     table: list[Path] = Field([])  # build the table of these rows instead
@@ -262,7 +263,7 @@ def row(options: Evaluation) -> dict:
     if options.lora:
         find(options.lora)
     options = as_trained(options)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type(options.device)
     encoders = {name.partition("=")[0]: load_encoder(name, device) for name in options.encoders}
     rewards = {}
     for spec in options.rewards:
@@ -293,7 +294,7 @@ def evaluate_as_asked(arguments: list[str] | None) -> None:
                   "Norm.Avg and Overall say little; give more rows", file=sys.stderr)  # fmt: skip
         text = table(rows, options.form) + "\n" * (options.form != "csv")
     else:
-        with out_of_memory("while evaluating", "lower --batch, or give smaller --height and --width"):
+        with showing(True), out_of_memory("while evaluating", "lower --batch, or give smaller --height and --width"):
             values = row(options)
         lines = io.StringIO()
         writer = csv.DictWriter(lines, values.keys(), lineterminator="\n")

@@ -70,6 +70,11 @@ def read(declared: type[T], program: str, arguments: list[str] | None, default: 
     import tyro
 
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--version" in arguments:
+        from importlib.metadata import version
+
+        print(f"ref {version('ref')}, torch {version('torch')}, diffusers {version('diffusers')}")
+        raise SystemExit(0)
     said, width = io.StringIO(), os.environ.get("COLUMNS")
     if not {"-h", "--help"} & set(arguments):
         os.environ["COLUMNS"] = "10000"  # a refusal is not to be wrapped

@@ -51,6 +51,7 @@ from ref.options import Pipeline, near
 from ref.perceptual import perceptual_entropy
 from ref.sampling import sample, scores
 from ref.scale.processes import deal_padded
+from ref.scale.shown import bar
 from ref.settings import Settings
 
 MOST_EVALUATED = 64  # prompts, where none are named for the evaluation: it then takes about as long as an iteration
@@ -80,7 +81,15 @@ class Task:
         prompts, K = self.evaluation or self.prompts, self.images_per_prompt
         share = deal_padded(len(prompts))
         layout = list(torch.arange(len(share.mine) * K).split(settings.micro_batch))
-        own = sample(self.model, [prompts[g] for g in share.mine], K, schedule, ("evaluate",), layout, share.mine)
+        own = sample(
+            self.model,
+            [prompts[g] for g in share.mine],
+            K,
+            schedule,
+            ("evaluate",),
+            bar(layout, "evaluation", leave=False),
+            share.mine,
+        )
         reward = scores(self.reward, own, share)
         phi = scores(self.encoder, own, share, features=True)
         images, latents = (share.gather(v.unflatten(0, (-1, K))) for v in (own.images, own.latents))
@@ -182,12 +191,21 @@ def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Cal
     device = torch.device("cpu") if device.type == "cpu" else device
     elsewhere = {"memory", "model", "reward", "prompts", "evaluation_prompts", "evaluation_steps", "images_per_prompt"}
     adapter = options.model_dump(exclude=elsewhere) | {"lora_rank": options.lora_rank or None}
+    loading = bar(total=3, what="loading", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}] {postfix}")
+    loading.set_postfix_str(options.model)
     model = load(options.model, map(str, training + evaluation), device=device, **adapter)
+    loading.update()
+    loading.set_postfix_str("phi")
     phi = encoder if callable(encoder) else load_encoder(encoder or "pickscore", device)
+    loading.update()
+    loading.set_postfix_str("reward")
+    reward = reward or load_reward(options.reward, device, encoders=[phi])
+    loading.update()
+    loading.close()
     return Task(
         model,
         training,
-        reward or load_reward(options.reward, device, encoders=[phi]),
+        reward,
         phi,
         evaluation=evaluation,
         evaluation_steps=options.evaluation_steps,

@@ -8,7 +8,7 @@ processes. The GPU waits for it, about 5 s of an sd35_medium iteration of severa
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +100,7 @@ def sample(
     group_size: int,
     schedule: FlowSchedule,
     key: tuple,
-    layout: list[Tensor] | None = None,
+    layout: Iterable[Tensor] | None = None,
     groups: list[int] | None = None,
     same_noise: bool = False,
     lap: Callable[[str], None] = lambda phase: None,

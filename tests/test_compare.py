@@ -11,7 +11,7 @@ import torch
 from ref import figures
 from ref.compare import COLUMNS, Comparison, front, main, one, parse, refuse_doubles, scores, twin, write_results
 from ref.metrics import normalized_average, overall
-from ref.train import asked
+from ref.runs import asked
 
 from .small import LARGE_SETTINGS, options
 from .tools import flags, refusal

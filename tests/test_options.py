@@ -10,8 +10,9 @@ import pytest
 from ref.options import Pipeline
 from ref.options import refusal as in_one_line
 from ref.presets import LARGE, PRESETS
+from ref.runs import Run, asked, recorded
 from ref.settings import Settings
-from ref.train import Run, asked, main, recorded, run
+from ref.train import main, run
 
 from .small import LARGE_SETTINGS, TINY, command, options, pipeline, same
 from .tools import ROOT, exit_code, flags, refusal

@@ -35,7 +35,10 @@ def test_training_end_to_end(kind, method, encoder, world, tmp_path):
     assert set(saved["embeddings"]) >= {*TRAINING, "a boat at sea"}
     assert "eval_reward" in history[1] and "eval_reward" not in history[0]
     assert history[1]["eval_reward"] == result["final"]["reward"]  # the same weights, prompts and noise
-    assert (tmp_path / "images" / "iteration-000002.png").stat().st_size > 0
+    pictures = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert pictures == ["iteration-000000.png", "iteration-000002.png"]  # the base model's, and the last one's
+    assert result["best"] == {"iteration": 2, "reward": result["final"]["reward"]}
+    assert (tmp_path / "best" / "pytorch_lora_weights.safetensors").exists()
     assert result["images"].shape == (6, 3, 32, 32)
 
 

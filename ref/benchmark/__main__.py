@@ -12,12 +12,12 @@ from ref.benchmark.flow_grpo import text_encoders
 from ref.benchmark.measure import benchmark, report
 from ref.options import command
 from ref.presets import LARGE, PRESETS
+from ref.runs import Work, asked
 from ref.scale.directory import write_json
 from ref.scale.microbatch import fitted
 from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.settings import in_one_line
-from ref.train import Work, asked
 
 
 @in_one_line

@@ -10,5 +10,6 @@ embeddings   prompts' embeddings, computed once and kept on disk
 prompts/     the prompt files of this package, and their reader
 shapes       the large architectures without weights
 tiny         complete pipelines of the real classes with random weights
+push         weights to the hub
 card         the model card beside saved weights
 """

@@ -55,6 +55,9 @@ image = pipe("a tabby cat asleep on a stack of old atlases").images[0]
 
 ODE samples of the same prompts and noise, before and after.
 
+![base model](before.png)
+![fine-tuned](after.png)
+
 {table(("", "base", "fine-tuned"), numbers)}
 
 ## Training

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
-from tqdm import tqdm
 
 from ref.models.hub import Source
 from ref.scale.checkpoint import atomic_write
 from ref.scale.memory import out_of_memory
+from ref.scale.shown import bar
 
 NAMES = ("prompt_embeds", "pooled_prompt_embeds")
 
@@ -102,7 +102,7 @@ class PromptEmbeddings:
         remedy = "encode the prompts on a larger GPU or on the CPU once: they stay in the cache"
         with out_of_memory("while encoding the prompts", remedy):
             text = self.source.whole(self.dtype, transformer=None, vae=None).to(self.device)
-            for prompt in tqdm(prompts, "prompt embeddings", disable=len(prompts) < 20):
+            for prompt in bar(prompts, "prompt embeddings"):
                 embeds, pooled = self.encode(text, prompt, self.max_sequence_length)
                 tensors = {"prompt_embeds": embeds[0].contiguous(), "pooled_prompt_embeds": pooled[0].contiguous()}
                 content = to_bytes({name: value.cpu() for name, value in tensors.items()})

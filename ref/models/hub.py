@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ref.options import near
 from ref.scale.memory import ended
+from ref.scale.shown import SHOWN
 from ref.scale.textfiles import read_json
 
 HUB = {"sd35_medium": "stabilityai/stable-diffusion-3.5-medium", "flux_dev": "black-forest-labs/FLUX.1-dev"}
@@ -59,7 +60,10 @@ def quiet():
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers
 
-    before = diffusers.get_verbosity(), transformers.get_verbosity()
+    before, bars = (diffusers.get_verbosity(), transformers.get_verbosity()), transformers.is_progress_bar_enabled()
+    if SHOWN.get() is None:
+        transformers.disable_progress_bar()
+        diffusers.disable_progress_bar()
     diffusers.set_verbosity(diffusers.CRITICAL)
     transformers.set_verbosity(transformers.CRITICAL)
     try:
@@ -67,6 +71,9 @@ def quiet():
     finally:
         diffusers.set_verbosity(before[0])
         transformers.set_verbosity(before[1])
+        if bars:
+            transformers.enable_progress_bar()
+            diffusers.enable_progress_bar()
 
 
 def damaged(folder: Path) -> str | None:

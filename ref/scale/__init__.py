@@ -10,5 +10,6 @@ microbatch   the largest micro-batch, by trial
 memory       running out of it, in one line
 paths        places that can be written
 textfiles    prompts, tables and JSON as people save them
+shown        what a run shows: lines, bars, pictures
 stopwatch    seconds and memory of an iteration's phases
 """

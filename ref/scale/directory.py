@@ -218,7 +218,8 @@ class Claim(Alone):
         if self.lock.is_locked and not self.had_record and not left(self.folder):
             checkpoint.remove(self.folder / RECORD)
             if self.made:
-                shutil.rmtree(self.folder / "logs", ignore_errors=True)
+                for part in ("logs", "images"):
+                    shutil.rmtree(self.folder / part, ignore_errors=True)
         super().leave()
 
 
@@ -237,10 +238,3 @@ class Keeper:
                 write_json(self.folder / "metrics.json", newest["history"])
                 self.written = newest["iteration"]
             return newest.get("iteration")
-
-
-def save_grid(path: Path, images: Tensor, columns: int) -> None:
-    """One PNG, a line for each prompt."""
-    from torchvision.utils import save_image
-
-    atomic_write(path, lambda temporary: save_image(images, temporary, nrow=columns, format="png"))

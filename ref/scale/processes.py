@@ -17,12 +17,14 @@ set `torch.distributed` up; without it there is one process, and nothing is exch
 """
 
 import io
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,19 @@ from ref.scale.weights import in_parts
 LOST = ("closed by peer", "Connection reset", "NCCL", "Broken pipe")  # gloo has no class of its own for it
 AT_ONCE = 2**26  # bytes of each process on the GPU while tensors are gathered
 PATIENCE = 3.0  # seconds in which a launcher ends all processes when one has failed
+
+
+DEVICES = ("cuda", "mps", "cpu")
+
+
+def device_type(wanted: str | None = None) -> str:
+    """cuda, mps or cpu: the accelerator where there is one, unless another is wanted. Raises ValueError for one that is not there."""
+    there = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if wanted not in (None, "cpu", there):
+        raise ValueError(
+            f"there is no {wanted} device here; choose --device {' or '.join(dict.fromkeys((there, 'cpu')))}"
+        )
+    return wanted or there
 
 
 def processes() -> int:
@@ -107,6 +122,30 @@ def over_processes(value: Tensor, largest: bool = False) -> float:
     return value.item()
 
 
+class Heard(io.TextIOBase):
+    """Standard error that remembers its end: torch's launcher says last, below tracebacks of its own, what it is told."""
+
+    def __init__(self, stream):
+        self.stream, self.end = stream, ""
+
+    def write(self, text: str) -> int:
+        self.end = (self.end + text)[-2000:]
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def tell_launcher(self) -> None:
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            line = self.end.strip().splitlines()[-1:] or ["no error was said"]
+            message = {"message": line[0], "extraInfo": {"py_callstack": line[0], "timestamp": str(int(time.time()))}}
+            with suppress(OSError):
+                Path(file).write_text(json.dumps({"message": message}))
+
+
 def one_voice(command: Callable[..., int], *arguments) -> int:
     """What command(*arguments) returns. Of several processes that were launched the first one speaks.
 
@@ -116,7 +155,7 @@ def one_voice(command: Callable[..., int], *arguments) -> int:
     if "RANK" not in os.environ:
         return command(*arguments)
     first = int(os.environ["RANK"]) == 0
-    said, code = sys.stderr if first else io.StringIO(), 2
+    said, code = Heard(sys.stderr) if first else io.StringIO(), 2
     try:
         with redirect_stderr(said):
             code = command(*arguments)
@@ -128,7 +167,9 @@ def one_voice(command: Callable[..., int], *arguments) -> int:
         time.sleep(2 * PATIENCE)
         said.write("error: another process has ended, and this one cannot go on without it\n")
     if code:
-        if not first:
+        if first:
+            said.tell_launcher()
+        else:
             time.sleep(PATIENCE)
             sys.stderr.write("\n" + said.getvalue())  # below the bar of the first
         sys.stderr.flush()

@@ -149,7 +149,7 @@ NAMES = [f.name.replace("_", "-") for f in fields(Settings)] + [
 def test_no_command_line_ends_in_a_traceback(pairs):
     """Any options with any values are read, or refused in one line; nothing is trained here."""
     from ref.options import command
-    from ref.train import Run, asked
+    from ref.runs import Run, asked
 
     arguments = [*MIXTURE, "--output-dir", "nowhere", *(part for name, value in pairs for part in (f"--{name}", value))]
     said = io.StringIO()

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import ref
-from ref import compare, presets, train
+from ref import compare, presets, runs, train
 from ref.__main__ import RUNS
 from ref.__main__ import main as story
 from ref.benchmark.__main__ import main as benchmark
@@ -101,10 +101,8 @@ def small_mixture(monkeypatch):
     monkeypatch.setitem(PRESETS, "mixture", dataclasses.replace(PRESETS["mixture"], settings=settings))
 
 
-def mixture(iterations: int) -> train.Work:
-    return train.Work(
-        preset="mixture", settings=dataclasses.replace(PRESETS["mixture"].settings, iterations=iterations)
-    )
+def mixture(iterations: int) -> runs.Work:
+    return runs.Work(preset="mixture", settings=dataclasses.replace(PRESETS["mixture"].settings, iterations=iterations))
 
 
 def test_a_stored_result_is_served_to_those_settings_only(small_mixture, tmp_path, capsys, monkeypatch):
@@ -138,7 +136,7 @@ def test_the_story_refuses_a_folder_of_other_settings_before_it_trains(change, w
     settings = dataclasses.replace(PRESETS["digits"].settings, iterations=1)
     for method, weight in RUNS.items():
         directory.write_json(
-            tmp_path / method / "run.json", train.described("digits", method, weight, None, None, settings)
+            tmp_path / method / "run.json", runs.described("digits", method, weight, None, None, settings)
         )
     (tmp_path / "pcvae" / "checkpoint-00000001.pt").touch()  # the last of the three
     assert words in refusal(story, ["--output-dir", tmp_path, "--iterations", "1", *change], capsys)
@@ -366,7 +364,7 @@ def test_a_start_that_was_killed_hinders_nobody(tmp_path):
 def test_what_a_resumed_run_may_have_otherwise(tmp_path):
     def description(**changes):
         preset = PRESETS["sd35_medium"]
-        return train.described(
+        return runs.described(
             "sd35_medium", "pec", None, None, None, preset.settings, preset.options.model_copy(update=changes)
         )
 

@@ -64,6 +64,8 @@ def test_groups_that_cannot_be_shared_out_are_refused_before_anything_is_trained
     process = launch(["-m", "ref.train", *arguments])
     assert process.returncode != 0
     assert "groups (3) must be a multiple of updates x processes (1 x 2)" in process.stderr
+    last = process.stderr.rstrip("=\n").splitlines()[-1]  # below the launcher's own words
+    assert "error: groups (3) must be a multiple" in last
     assert not checkpoint.checkpoints(tmp_path)
 
 
