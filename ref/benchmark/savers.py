@@ -30,7 +30,7 @@ from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.scale.weights import assign, copied, trainable
 from ref.settings import Settings, in_one_line
-from ref.train import Work, asked
+from ref.runs import Work, asked
 
 THEIRS, OURS = "Flow-GRPO's order of work", "ours, the same settings"
 EXACT = {  # what a row does to the result; tests/test_sampling.py, test_grpo.py and test_policy.py hold it to this
