@@ -18,6 +18,18 @@ from ref.settings import Settings
 PROMPTS = ["a red cat", "two blue dogs on a boat"]
 
 
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("inductor")
+
+
+@pytest.fixture
+def fresh_cache(cache_folder, monkeypatch):
+    """The compiler's cache is this run's own: the user's does not tell processors' capabilities apart, nor a file that
+    a killed compiler left half written."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache_folder))
+
+
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT",
@@ -25,7 +37,7 @@ PROMPTS = ["a red cat", "two blue dogs on a boat"]
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind, micro_batch", [("sd3", 4), ("sd3", 6), ("flux", 4)])
-def test_compiled_blocks_keep_the_ratio_exactly_one(kind, micro_batch, checkpointing, tmp_path):
+def test_compiled_blocks_keep_the_ratio_exactly_one(kind, micro_batch, checkpointing, tmp_path, fresh_cache):
     """Rollout without and update with gradients, one size of micro-batches and two; the numbers are the plain blocks'."""
     folder = getattr(tiny, kind)(tmp_path / kind)
     options = dict(max_sequence_length=16, lora_rank=2, device="cpu", cache_dir=tmp_path / "cache")
