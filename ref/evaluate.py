@@ -102,7 +102,7 @@ def evaluate(
     Raises ValueError naming network and prompt for a NaN.
     """
     values = {}
-    for number, prompt in enumerate(bar(prompts, "prompts")):
+    for number, prompt in enumerate(bar(prompts, "prompts", logged=True)):
         images, repeated = draw(pipe, prompt, number, images_per_prompt, batch, **options), [prompt] * images_per_prompt
         if keep:
             keep(number, images)

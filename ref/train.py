@@ -131,7 +131,7 @@ def run(
         stack.callback(keeper.save)  # also when something fails
         stack.enter_context(showing(progress and first))
         accelerator.wait_for_everyone()
-        say(plan(description, habits, folder))
+        say(plan(description, habits, folder), sys.stdout)
 
         task = PRESETS[preset].task(encoder, options, reward)
         keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
@@ -180,7 +180,7 @@ def run(
 
         began, begun = time.perf_counter(), state.iteration
         loop = train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state)
-        for state in (bars := bar(loop, f"{method:>12}", total=settings.iterations, initial=begun)):
+        for state in (bars := bar(loop, f"{method:>12}", logged=True, total=settings.iterations, initial=begun)):
             n, entry = state.iteration, checkpoint.plain(state.metrics)
             if n == begun + 1:
                 say(clock(time.perf_counter() - began, settings.iterations - n))

@@ -34,7 +34,8 @@ def test_a_run_shows_a_plan_and_a_quiet_one_its_result_alone(tmp_path, capsys):
         arguments = ["--preset", "mixture", "--method", "flow_grpo", "--iterations", "2", *quiet]
         assert main([*arguments, "--output-dir", str(tmp_path / f"run{len(quiet)}")]) == 0
         said = capsys.readouterr()
-        assert ("2 iterations, a checkpoint every 20, evaluations before and after" in said.err) == (not quiet)
+        assert ("2 iterations, a checkpoint every 20, evaluations before and after" in said.out) == (not quiet)
+        assert ("flow_grpo: 100%" in said.err) == (not quiet)
         assert ("the first iteration took" in said.err) == (not quiet)
         assert not quiet or not said.err.strip()
         assert "results in" in said.out

@@ -1,4 +1,4 @@
-"""What a run shows: lines and bars on standard error, pictures on disk and in the trackers.
+"""What a run shows: a plan on standard output, lines and bars on standard error, pictures on disk and in the trackers.
 
 Lines and bars are those of the first process, and there are none where nobody wants to see them: within `showing(False)`,
 and outside of any `showing`.
@@ -30,23 +30,23 @@ def showing(wanted: bool) -> Iterator[None]:
         SHOWN.reset(token)
 
 
-def bar(things=None, what: str = "", **options):
-    """tqdm's bar over things, or over a `total`."""
+def bar(things=None, what: str = "", logged: bool = False, **options):
+    """tqdm's bar over things, or over a `total`; on a terminal only, unless it is `logged`, too."""
     from tqdm import tqdm
 
     shown = SHOWN.get()
-    made = tqdm(things, what, disable=shown is None, **options)
+    made = tqdm(things, what, disable=True if shown is None else False if logged else None, **options)
     if shown is not None:
         shown[:] = [each for each in shown if not each.disable] + [made]  # a closed one is disabled
     return made
 
 
-def say(text: str) -> None:
-    """A line above the bar."""
+def say(text: str, stream=None) -> None:
+    """A line above the bar, on standard error or another stream."""
     from tqdm import tqdm
 
     if SHOWN.get() is not None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(text, file=stream or sys.stderr)
 
 
 def clock(seconds: float, more: int) -> str:

@@ -13,14 +13,16 @@ from ref.scale.shown import bar, clock, grid, log_grid, save_grid, say, showing
 def told(wanted: bool) -> str:
     with redirect_stderr(io.StringIO()) as said, showing(wanted):
         say("a line")
-        assert list(bar([1, 2, 3], "things")) == [1, 2, 3]
-        bar(total=2, what="never ended").update()
+        assert list(bar([1, 2, 3], "things", logged=True)) == [1, 2, 3]
+        assert list(bar([1, 2], "on a terminal")) == [1, 2]
+        bar(total=2, what="never ended", logged=True).update()
     return said.getvalue()
 
 
 def test_lines_and_bars_are_shown_within_showing_and_ended_with_it():
     shown = contextvars.copy_context().run(told, True)
     assert "a line\n" in shown and "things: 100%" in shown and "never ended:  50%" in shown
+    assert "on a terminal" not in shown  # it is a file
     assert shown.endswith("\n")  # what comes next has a line of its own
     assert told(False) == ""
     with redirect_stderr(io.StringIO()) as said:
