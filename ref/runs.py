@@ -105,6 +105,8 @@ def described(
 ) -> dict:
     """What run.json says of a run. Raises ValueError for a weight or a space that the method does not take."""
     policy = METHODS[method](weight, clip=settings.clip, space=space)
+    if settings.per_reward and "+" not in (options.reward if options else ""):
+        raise ValueError("per_reward needs a sum of rewards, as in --reward pickscore:0.7+ocr:0.3")
     if (held := settings.target_diversity is not None) and weight is not None:
         raise ValueError("a target diversity finds its weight by itself; give --weight or --target-diversity, not both")
     what = {

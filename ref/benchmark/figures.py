@@ -51,23 +51,6 @@ def phases(result: dict) -> Figure:
     return figure
 
 
-def against_naive(results: dict[str, dict]) -> Figure:
-    """How many times longer the naive baseline takes, with quartiles, a bar for each labelled result; log axis."""
-    figure, axis = panels(1, 1, width=7.4, height=0.5 * len(results) + 0.9)
-    for y, result in enumerate(results.values()):
-        s = result["naive"]["speedup"]
-        error = [[s["median"] - s["low"]], [s["high"] - s["median"]]]
-        axis.barh(y, s["median"] - 1, left=1, height=0.6, color="#4c72b0", xerr=error, capsize=3)
-        axis.text(s["high"] * 1.06, y, f"{s['median']:.{1 if s['median'] > 10 else 2}f}", va="center")
-    axis.axvline(1, color="black", lw=0.8)
-    axis.set_yticks(range(len(results)), list(results))
-    axis.set(xscale="log", xlabel="seconds of the baseline / seconds of this loop", xlim=(0.9, None))
-    axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
-    axis.minorticks_off()
-    axis.invert_yaxis()
-    return figure
-
-
 def gains(pairs: dict[str, tuple[str, dict, str, dict]]) -> Figure:
     """What one choice gains: two bars a panel. title -> (slow's label, its result, fast's label, its result)."""
     figure, axes = panels(1, len(pairs), width=4.2, height=1.6, squeeze=False)

@@ -4,7 +4,8 @@
     python -m ref.benchmark.savers --preset sd35_medium --model outputs/wide/sd3 --height 64 --width 64 --json savers.json
 
 From the preset to its fast twin: each row keeps what the rows above changed. All rows take turns in one process, on one
-model, with one optimiser step an iteration; seconds are medians over rounds, and the ratio is taken round by round.
+model, with one optimiser step an iteration; seconds (on a CPU of computing, so take one thread) are medians over rounds,
+and the ratio is taken round by round.
 Passes are counted by a hook: samples times branches of guidance, for each image of an iteration.
 """
 
@@ -24,13 +25,13 @@ from ref.grpo import calibrate_on, start, train
 from ref.methods import METHODS
 from ref.options import command
 from ref.presets import LARGE, PRESETS, Task
+from ref.runs import Work, asked
 from ref.scale.directory import write_json
 from ref.scale.microbatch import fitted
 from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.scale.weights import assign, copied, trainable
 from ref.settings import Settings, in_one_line
-from ref.runs import Work, asked
 
 THEIRS, OURS = "Flow-GRPO's order of work", "ours, the same settings"
 EXACT = {  # what a row does to the result; tests/test_sampling.py, test_grpo.py and test_policy.py hold it to this

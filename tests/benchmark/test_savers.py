@@ -27,12 +27,12 @@ def test_the_last_row_is_the_twin(preset):
 
 
 def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
-    small = ["--groups", "2", "--group-size", "2", "--steps", "5", "--window", "3", "--repeats", "3"]
+    small = ["--groups", "2", "--group-size", "2", "--steps", "7", "--window", "3", "--repeats", "3"]
     assert main(["--preset", "digits", *small, "--json", str(tmp_path / "s.json")]) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "s.json").read_text())}
     assert list(rows)[0] == THEIRS and set(rows) - set(EXACT) == {THEIRS, OURS, f"{THEIRS}, fast recipe"}
     passes = {name: sum(row["passes"].values()) for name, row in rows.items()}
-    assert passes[THEIRS] == passes[OURS] == 8 and passes["window"] == 7 >= passes["shared start"] > passes["tail"]
+    assert passes[THEIRS] == passes[OURS] == 10 and passes["window"] == 9 >= passes["shared start"] > passes["tail"]
     assert rows["half of the groups flat"]["passes"]["trained"] <= 3
     assert float(rows[OURS]["exact"].split("by ")[1].split()[0]) < 1e-5
     shown = capsys.readouterr().out.splitlines()

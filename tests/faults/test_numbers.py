@@ -119,6 +119,22 @@ def test_a_method_without_a_weight_takes_none(tmp_path):
     assert METHODS["flow_grpo"](0.0).weight == 0
 
 
+@pytest.mark.parametrize(
+    "given, word",
+    [
+        (["--per-reward"], "sum of rewards"),
+        (["--tail-steps", 3], "give --window"),
+        (["--window-moves", "sliding"], "give --window"),
+        (["--window", 6, "--trained", 0.5], "window must lie in 1..5"),
+        (["--trained-at-random"], "below 1"),
+        (["--global-std", "--no-std-normalize"], "global_std"),
+    ],
+)
+def test_settings_that_need_each_other_say_so(given, word, tmp_path):
+    assert word in refused(train.main, [*MIXTURE, "--output-dir", tmp_path / "run", *given])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_size_that_cannot_be_meant_is_refused_with_what_it_would_cost():
     with pytest.raises(ValueError, match=r"1\.0e\+08 images an iteration, 1\.0e\+09 passes"):
         Settings(groups=10**4, group_size=10**4)
