@@ -177,6 +177,7 @@ def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Cal
     from ref.models.load import load
     from ref.scoring.encoders import check_name, load_encoder
     from ref.scoring.load import check_prompts, load_reward
+    from ref.scoring.reward import Reward
 
     training = read_prompts(options.prompts)
     if options.evaluation_prompts is None and options.prompts != "train":
@@ -185,7 +186,9 @@ def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Cal
         evaluation = read_prompts(options.evaluation_prompts or "evaluation")
     if not callable(encoder):
         check_name(encoder or "pickscore")
-    if not reward:
+    if reward:
+        getattr(reward, "check_prompts", Reward.check_prompts)(training + evaluation)
+    else:
         check_prompts(options.reward, training + evaluation)
     device = PartialState().device  # this process's GPU; "cpu:0" among several processes on the CPU
     device = torch.device("cpu") if device.type == "cpu" else device

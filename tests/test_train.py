@@ -63,7 +63,11 @@ REFUSED = {
     "a negative weight": ({}, ["--weight", "-1"], "weight must be greater than or equal to 0, got -1.0"),
     "a weight that is no number": ({}, ["--weight", "nan"], "weight must be a finite number, got nan"),
     "no steps": ({}, ["--steps", "0"], "steps must be greater than or equal to 2, got 0"),
-    "a window too long": ({}, ["--window", "3"], "window must lie in 1..2 (of 3 steps the last is deterministic; trained is 1), got 3"),
+    "a window too long": (
+        {},
+        ["--window", "3"],
+        "window must lie in 1..2 (of 3 steps the last is deterministic; trained is 1), got 3",
+    ),
     "a kernel nobody knows": (
         {},
         ["--kind", "ddpm"],

@@ -60,6 +60,10 @@ class WeightedSum(Reward):
         self.weights, self.rewards = zip(*terms)
         self.waits = all(getattr(reward, "waits", False) for reward in self.rewards)
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        for reward in self.rewards:
+            getattr(reward, "check_prompts", Reward.check_prompts)(prompts)
+
     def score(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         values = [ask(reward, images, prompts) for reward in self.rewards]
         return sum(weight * value for weight, value in zip(self.weights, values))

@@ -39,7 +39,7 @@ def server(seen: list, fail_first: int = 0, reply=None, status: int = 503):
 
 def test_images_and_prompts_arrive_and_numbers_come_back(serve):
     seen = []
-    reward = load_reward(f"{serve(server(seen))}/score:2+jpeg:0")
+    reward = load_reward(f"{serve(server(seen))}/score:2")
     images = torch.arange(40).view(40, 1, 1, 1).expand(40, 3, 8, 8) / 255
     prompts = [f"picture {n}" for n in range(40)]
     torch.testing.assert_close(reward(images, prompts), 2 * images[:, 0, 0, 0])
