@@ -7,6 +7,7 @@ checkpoint   atomic files, checkpoints
 directory    a run's directory: whose it is, and that nothing in it is lost
 signals      ended by Ctrl-C, SIGTERM or SIGHUP: saved first
 microbatch   the largest micro-batch, by trial
+allocator    memory that a process keeps: fewer page faults on the CPU
 memory       running out of it, in one line
 paths        places that can be written
 textfiles    prompts, tables and JSON as people save them
