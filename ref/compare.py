@@ -4,9 +4,9 @@
 
     python -m ref.compare --preset sd35_medium --memory 80 --reward pickscore:0.7+ocr:0.3 --prompts ocr --runs flow_grpo pec
 
-A run is named METHOD[@SPACE][/ENCODER][:WEIGHT]: `pec:1`, `clip_cov@perceptual:0.1`, `pec/reader:0.5`. What
-is left out is the method's default, or what --encoder or the preset says. All options of ref.train are options of
-all runs.
+A run is named METHOD[@SPACE][/ENCODER][:WEIGHT]: `pec:1`, `clip_cov@perceptual:0.1`, `pec/reader:0.5`; or with a target
+diversity in place of the weight, `pec:target=0.9`. What is left out is the method's default, or what --encoder or the preset
+says. All options of ref.train are options of all runs.
 
 Every run has a folder of its own under --output-dir, so the command can be stopped and started again:
 finished runs are read, broken ones continued; Ctrl-C, SIGTERM and SIGHUP save those at work. It writes
@@ -53,7 +53,7 @@ from ref.scoring.own import is_own
 from ref.settings import in_one_line
 from ref.train import run
 
-FORMAT = 1  # of summary.json: one of another format is not read, but made again from the run's checkpoint
+FORMAT = 2  # of summary.json: one of another format is not read, but made again from the run's checkpoint
 AGAIN = "the same command goes on"
 SPACES = ("contrastive", "preference", "faces")  # of the letters
 ENCODERS = {
@@ -91,7 +91,7 @@ def columns_of(preset: str, specs: Iterable[str]) -> tuple[dict, dict]:
     """Quality and diversity columns of a table of these runs."""
     if preset in COLUMNS:
         return COLUMNS[preset]
-    one_phi = len({re.fullmatch(figures.RUN, spec)["encoder"] for spec in specs if spec != "base"}) < 2
+    one_phi = len({parse(spec)["encoder"] for spec in specs if spec != "base"}) < 2
     return {"reward": ".3f"}, (WITHIN if one_phi else {}) | OUTSIDE
 
 
@@ -103,14 +103,18 @@ def twin(runs: list[dict], preset: str, form: str = "markdown") -> str:
 
 
 def parse(spec: str) -> dict:
-    """{"method", "space", "encoder", "weight"} of a run's name. Raises ValueError with the remedy."""
-    found = re.fullmatch(figures.RUN, spec)
+    """{"method", "space", "encoder", "weight", "target"} of a run's name. Raises ValueError with the remedy."""
+    name, asked, target = spec.partition(":target=")
+    found = re.fullmatch(figures.RUN, name)
+    if asked and not (found and not found["weight"] and re.fullmatch(r"[\d.]+", target)):
+        found = None
     if not found:
-        raise ValueError(f"cannot read the run {spec!r}; write METHOD[@SPACE][/ENCODER][:WEIGHT]")
+        raise ValueError(f"cannot read the run {spec!r}; write METHOD[@SPACE][/ENCODER][:WEIGHT or :target=SHARE]")
     if found["method"] not in METHODS:
         guess = near(found["method"], METHODS)
         raise ValueError(f"unknown method in {spec!r}; {guess}choose one of {', '.join(METHODS)}")
-    chosen = found.groupdict() | {"weight": float(found["weight"]) if found["weight"] else None}
+    weight = float(found["weight"]) if found["weight"] else None
+    chosen = found.groupdict() | {"weight": weight, "target": float(target) if asked else None}
     METHODS[chosen["method"]](chosen["weight"], space=chosen["space"])  # refuses now what it would refuse later
     return chosen
 
@@ -126,7 +130,8 @@ def refuse_doubles(specs: list[str], preset: str, encoder: str | None = None) ->
         elif phi not in ENCODERS[preset]:
             raise ValueError(f"unknown encoder in {spec!r}; {preset} has {', '.join(ENCODERS[preset])}")
         policy = METHODS[chosen["method"]](chosen["weight"], space=chosen["space"])
-        name = (chosen["method"], policy.space, phi, policy.weight)
+        dial = policy.weight if chosen["target"] is None else f"target={chosen['target']}"
+        name = (chosen["method"], policy.space, phi, dial)
         if name in seen:
             raise ValueError(f"{seen[name]} and {spec} are the same run; give one of them" if seen[name] != spec else
                              f"{spec} is given twice; its spread would be that of one run")  # fmt: skip
@@ -135,7 +140,11 @@ def refuse_doubles(specs: list[str], preset: str, encoder: str | None = None) ->
 
 def planned(work: Work, spec: str, seed: int, folder: Path) -> tuple[Path, dict]:
     """The folder of a run, and what `run` is to be called with."""
-    plan = {"preset": work.preset, "settings": dataclasses.replace(work.settings, seed=seed), **parse(spec)}
+    chosen = parse(spec)
+    settings = dataclasses.replace(work.settings, seed=seed)
+    if (target := chosen.pop("target")) is not None:
+        settings = dataclasses.replace(settings, target_diversity=target)
+    plan = {"preset": work.preset, "settings": settings, **chosen}
     plan["encoder"] = plan["encoder"] or work.encoder
     plan |= {"options": work.options} if work.preset in LARGE else {}
     return folder / (re.sub(r"[^\w.=+-]", "_", spec) + f"_seed{seed}"), plan
@@ -259,10 +268,13 @@ def front(runs: list[dict], column: str = "feature_variance") -> dict:
     base, points = float(runs[0][column]), {}
     for spec in dict.fromkeys(row["run"] for row in runs[1:]):
         mine = [row for row in runs if row["run"] == spec]
-        weight = re.fullmatch(figures.RUN, spec)["weight"] or ""
-        kind = spec.removesuffix(f":{weight}")
+        weight, target = parse(spec)["weight"], parse(spec)["target"]
+        kind = spec if weight is None else spec.rpartition(":")[0]
+        if target is not None:  # a line of their own
+            kind, weight = spec.rpartition("=")[0], target
         point = ([float(row[column]) / base for row in mine], [float(row["reward"]) for row in mine])
-        points.setdefault(kind, []).append((float(weight or 0), weight and f"λ = {weight}", *point))
+        note = "" if weight is None else f"{'λ = ' * (target is None)}{weight:g}"
+        points.setdefault(kind, []).append((weight or 0, note, *point))
     return {kind: [tuple(point) for _, *point in sorted(rows)] for kind, rows in points.items()}
 
 
@@ -271,7 +283,8 @@ class Comparison(Work):
     """Many runs, one table: methods x weights x seeds, summarised as mean ± spread."""
 
     preset: Literal[tuple(PRESETS)] = "digits"  # what is trained on what
-    runs: list[str] = Field(["flow_grpo", "pec:1", "pcvae:1"], min_length=1)  # METHOD[@SPACE][/ENCODER][:WEIGHT] ...
+    runs: list[str] = Field(["flow_grpo", "pec:1", "pcvae:1"], min_length=1)  # METHOD[@SPACE][/ENCODER][:WEIGHT] or
+    # ...[:target=SHARE]
     seeds: Annotated[int, Ge(1), Le(1000)] = 5  # this many, from --seed on
     jobs: Annotated[int, Ge(1), Le(1024)] = 1  # runs at a time
     output_dir: Path = Path("outputs/compare")  # finished runs in it are not repeated

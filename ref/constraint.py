@@ -27,6 +27,7 @@ lambda* being P11's law read backwards. Near it they swing, x'' + 2 gamma x' + o
 """
 
 import math
+from statistics import fmean
 
 
 def rest_point(
@@ -83,3 +84,50 @@ def hold(
     lacking = (target - share) * reward_std
     weight = max(0.0, weight + integral * lacking)
     return weight, max(0.0, weight + proportional * lacking)
+
+
+def ceiling(group_size: int) -> float:
+    """The largest share of their variance that two equal modes hold, K >= 3, under std-normalised advantages.
+
+    However large lambda, a group with half of its samples or fewer in the better mode still prefers it, if K is even: the
+    root of sum_j Binomial(K, p)_j sign_j sqrt(j (K - j)), sign_j = 1 for j <= K / 2, else -1. For odd K it is 1.
+    """
+    K, low, high = group_size, 0.5, 1.0
+    while high - low > 1e-9:
+        p = (low + high) / 2
+        ahead = sum(
+            math.comb(K, j) * p**j * (1 - p) ** (K - j) * math.sqrt(j * (K - j)) * (1 if 2 * j <= K else -1)
+            for j in range(1, K)
+        )
+        low, high = (p, high) if ahead > 0 else (low, p)
+    return 4 * low * (1 - low)
+
+
+def out_of_reach(weight: float, share: float, target: float, reward_std: float, group_size: int) -> str:
+    """What to say when a target is more than the policy can hold, "" as long as it may be held.
+
+    Two equal modes need w* = reward_std / (k sqrt(1 - target)), k = (K-2)/(K-1). Three times as much holds all but a
+    ninth of what they give up for it: if `share`, an average over some iterations, still lacks more than 0.02, it is
+    not weight that is missing. Targets above 0.9 count as 0.9, lest there be no bound at 1.
+    """
+    needed = reward_std * (group_size - 1) / (group_size - 2) / math.sqrt(1 - min(target, 0.9))
+    if weight < 3 * needed or share > target - 0.02:
+        return ""
+    most = ceiling(group_size)
+    caps = f"; groups of {group_size} hold {most:.2f} of two modes' at most, if advantages are std-normalised"
+    return (
+        f"the target diversity {target} seems out of reach: the groups keep {share:.2f} of the base model's variance though "
+        f"lambda has grown to {weight / reward_std:.0f} standard deviations of its reward{caps if most < target else ''}; "
+        "ask for less, or take larger groups"
+    )
+
+
+def held(base: dict, final: dict, history: list[dict]) -> dict[str, float]:
+    """What a run kept of the base model's feature variance, by the ODE sampler of the evaluation ("diversity") and by the
+    SDE of the last quarter of its training ("diversity_sde"), and the mean weight that did so."""
+    last = history[-(len(history) // 4 or 1) :] or [{"diversity": 1.0, "weight": 0.0}]
+    return {
+        "diversity": final["feature_variance"] / base["feature_variance"],
+        "diversity_sde": fmean(entry["diversity"] for entry in last),
+        "weight": fmean(entry["weight"] for entry in last),
+    }

@@ -48,10 +48,12 @@ RUN = r"(?P<method>\w+)(@(?P<space>\w+))?(/(?P<encoder>.+?))?(:(?P<weight>-?[\d.
 
 
 def label(run: str) -> str:
-    """A run's name METHOD[@SPACE][/ENCODER][:WEIGHT] in words: 'PEC, kernel, λ = 1'."""
+    """A run's name METHOD[@SPACE][/ENCODER][:WEIGHT or :target=SHARE] in words: 'PEC, kernel, λ = 1'."""
+    run, asked, target = run.partition(":target")
     method, space, encoder, weight = re.fullmatch(RUN, run).group("method", "space", "encoder", "weight")
     encoder = encoder and re.split("=|/(?=[^/]*$)", encoder)[0 if "=" in encoder else -1]  # without folders
-    parts = [LABELS[method], space, encoder and f"φ = {encoder}", weight and f"λ = {weight}"]
+    dial = asked and f"target{target.replace('=', ' ')}" or weight and f"λ = {weight}"
+    parts = [LABELS[method], space, encoder and f"φ = {encoder}", dial]
     return ", ".join(part for part in parts if part)
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ref import metrics
-from ref.constraint import hold
+from ref.constraint import hold, out_of_reach
 from ref.entropy import policy_entropy
 from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, calibrate_kernel, perceptual_entropy
@@ -119,8 +119,8 @@ def train(
     if settings.group_size == 2 and method.space in ("perceptual", "kernel"):
         warnings.warn("the two members of a group lie equally far from their mean: with group_size 2 an entropy of "
                       "features does nothing (proofs/P09); take 3 or more", stacklevel=2)  # fmt: skip
-    if settings.target_diversity is not None and (not method.holds or method.space == "latent"):
-        raise ValueError(f"{type(method).__name__} cannot hold a target diversity; take pec, pcvae or entropy_reg in perceptual or kernel space")  # fmt: skip
+    if settings.target_diversity is not None:
+        refuse_target(method)
     if settings.per_reward and not hasattr(reward, "weights"):
         raise ValueError("per_reward needs a sum of rewards, as in pickscore:0.7+ocr:0.3")
     terms = list(zip(reward.weights, reward.rewards)) if settings.per_reward else [(1.0, reward)]
@@ -136,7 +136,8 @@ def train(
     if state.bandwidth is None:
         calibrate_on(state, prompts, encoder, settings)
 
-    while state.iteration < settings.iterations:
+    target, unmet = settings.target_diversity, ""
+    while state.iteration < settings.iterations and not collapsed(state, settings):
         lap, schedule = Stopwatch(next(model.parameters()).device), placed(full, settings, state.iteration)
         picked = pick_prompts(prompts, settings, state.iteration)
         with ThreadPoolExecutor(1) as pool:  # a reward that waits for a server does so while the next samples are drawn
@@ -161,10 +162,12 @@ def train(
             generator_for(settings.seed, state.iteration, "select"),
             state.kernel,
         )
-        if settings.target_diversity is not None:
+        if target is not None:
             if state.unit is None:  # the first iteration samples the base model
                 state.unit = method.unit(state.reward.std(1).mean().item(), settings.std_normalize)
-            state.weight, method.weight = hold(state.weight, diversity(state), settings.target_diversity, state.unit)
+            state.weight, method.weight = hold(state.weight, diversity(state), target, state.unit)
+            if not unmet and (unmet := out_of_reach(state.weight, state.kept, target, state.unit, settings.group_size)):
+                warnings.warn(unmet, stacklevel=2)
         shaped, over = method.shape(group), (0, 1) if settings.global_std else 1
         state.advantages = advantages(shaped, settings.advantage_clip, settings.std_normalize, over)
         if settings.best_and_worst:
@@ -188,7 +191,19 @@ def train(
             "grad_norm": sum(log["grad_norm"] for log in logs) / len(logs),
             **lap.metrics(),
         }
+        state.kept += (state.metrics["diversity"] - state.kept) / 5
         yield state
+
+
+def refuse_target(method: FlowGRPO) -> None:
+    """Raise ValueError where a method's weight cannot hold a target diversity."""
+    if not method.holds or method.space == "latent":
+        raise ValueError(f"{type(method).__name__} cannot hold a target diversity; take pec, pcvae or entropy_reg in perceptual or kernel space")  # fmt: skip
+
+
+def collapsed(state: State, settings: Settings) -> bool:
+    """Whether the groups keep less than `stop_below_diversity`; on average, so that one poor group ends nothing."""
+    return state.kept < (settings.stop_below_diversity or 0)
 
 
 def update(

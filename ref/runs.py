@@ -9,6 +9,7 @@ from annotated_types import Ge, Le
 from tyro import MISSING
 from tyro.conf import OmitArgPrefixes
 
+from ref.grpo import refuse_target
 from ref.methods import METHODS, SPACES
 from ref.options import Options, Pipeline, read
 from ref.presets import LARGE, PRESETS
@@ -103,16 +104,20 @@ def recorded(folder: Path) -> Run:
 def described(
     preset, method, weight, space, encoder, settings: Settings, options: Pipeline | None = None, reward=None
 ) -> dict:
-    """What run.json says of a run. Raises ValueError for a weight or a space that the method does not take."""
+    """What run.json says of a run. Raises ValueError for a weight, a space or a target that the method does not take."""
     policy = METHODS[method](weight, clip=settings.clip, space=space)
     if settings.per_reward and "+" not in (options.reward if options else ""):
         raise ValueError("per_reward needs a sum of rewards, as in --reward pickscore:0.7+ocr:0.3")
-    if (held := settings.target_diversity is not None) and weight is not None:
-        raise ValueError("a target diversity finds its weight by itself; give --weight or --target-diversity, not both")
+    if (target := settings.target_diversity) is not None:
+        refuse_target(policy)
+        if weight is not None:
+            raise ValueError(
+                "a target diversity finds its weight itself; give --weight or --target-diversity, not both"
+            )
     what = {
         "preset": preset,
         "method": method,
-        "weight": None if held else policy.weight,
+        "weight": policy.weight if target is None else None,
         "space": policy.space,
         "encoder": name_of(encoder) if callable(encoder) else encoder,
     }

@@ -83,10 +83,8 @@ class Settings:
     grad_clip: Annotated[float, Gt(0), Le(10**12)] = 1.0  # largest gradient norm
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay of the averaged weights, which are saved; 0 is off
     ema_every: Annotated[int, Ge(1), Le(10**6)] = 1  # optimiser steps between two updates of the averages (Flow-GRPO 8)
-    target_diversity: Annotated[float, Gt(0), Lt(10)] | None = (
-        None  # in place of a weight: the share of the base model's
-    )
-    # feature variance that lambda is to hold (proofs/P19)
+    target_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # hold this share of the base model's variance (P19)
+    stop_below_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # end the run when less than this share is kept
     omega: Literal["uniform", "variance"] = "uniform"  # weights over steps of PEC and PCVAE; variance: as s_i^2
     seed: int = 0
 
@@ -119,6 +117,15 @@ class Settings:
         if self.best_and_worst is not None and self.best_and_worst > self.group_size:
             raise ValueError(
                 f"best_and_worst must lie in 2..{self.group_size}, the group_size, got {self.best_and_worst}"
+            )
+        if self.target_diversity is not None and self.group_size < 3:
+            raise ValueError(
+                "a target_diversity needs a group_size of 3 or more: in groups of 2 no weight holds anything"
+            )
+        if (stop := self.stop_below_diversity) is not None and stop >= (self.target_diversity or 10):
+            raise ValueError(
+                f"stop_below_diversity must lie below target_diversity ({self.target_diversity}), got {stop}: a run that "
+                "reaches its target would be ended"
             )
         return self
 

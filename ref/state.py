@@ -26,6 +26,7 @@ class State:
     kernel: float | None = None
     weight: float = 0.0  # the multiplier of a target diversity, and what it is measured in
     unit: float | None = None
+    kept: float = 1.0  # share of the base model's feature variance, averaged over about five iterations
     ema: dict[str, Tensor] | None = None  # averaged weights, by name
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class State:
             "bandwidth": self.bandwidth,
             "kernel": self.kernel,
             "multiplier": (self.weight, self.unit),
+            "kept": self.kept,
             "weights": trainable(self.model),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema,
@@ -48,6 +50,7 @@ class State:
     def load_state_dict(self, saved: dict) -> None:
         self.iteration, self.bandwidth, self.kernel = saved["iteration"], saved["bandwidth"], saved.get("kernel")
         self.weight, self.unit = saved.get("multiplier", (0.0, None))
+        self.kept = saved.get("kept", 1.0)
         assign(trainable(self.model), saved["weights"])
         if self.ema is not None:
             assign(self.ema, saved["ema"])

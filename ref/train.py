@@ -38,7 +38,8 @@ from pathlib import Path
 
 import torch
 
-from ref.grpo import calibrate_on, start, train
+from ref.constraint import held
+from ref.grpo import calibrate_on, collapsed, start, train
 from ref.methods import METHODS
 from ref.models import push
 from ref.models.card import model_card
@@ -88,7 +89,7 @@ def run(
     device           cuda, mps or cpu (None: the GPU where there is one)
     push_to_hub      OWNER/NAME of a repository of the hub for weights, card and samples
 
-    Returns "base" and "final" (numbers of `Task.evaluate`), "history" (`State.metrics` of every iteration),
+    Returns "base" and "final" (numbers of `Task.evaluate` and of `held`), "history" (`State.metrics` of every iteration),
     "seconds" (training), "best" where there were evaluations (its iteration and reward), "base_images" and "images" (those of `Task.evaluate`, prompt by prompt).
 
     Raises ValueError with one clear line for an unknown preset or method, a bad setting, or a directory
@@ -196,7 +197,13 @@ def run(
                 if n % save_every == 0 or n == settings.iterations:
                     keeper.save()
 
+        if collapsed(state, settings):
+            keeper.save()
+            why = f"the groups keep {state.kept:.3f} of the base model's feature variance"
+            say(f"{why}: {directory.farewell(folder, again)} and a smaller --stop-below-diversity")
         final, after = judge(state.iteration)
+        base |= {"diversity": 1.0, "diversity_sde": 1.0, "weight": 0.0}
+        final |= held(base, final, history)
         seconds = sum(m["seconds"] for m in history)
         result = {"base": base, "final": final, "seconds": seconds, "iterations": state.iteration}
         if evaluate_every:
@@ -250,6 +257,10 @@ def train_as_asked(arguments: list[str] | None) -> None:
             return
     for name, value in result["final"].items():
         print(f"{name:>20}  {result['base'][name]:9.4f} -> {value:9.4f}")
+    if (target := given.settings.target_diversity) is not None:
+        ode, sde = result["final"]["diversity"], result["final"]["diversity_sde"]
+        print(f"of the base model's diversity {target} was asked for: {ode:.3f} by the ODE, {sde:.3f} by the SDE in the "
+              f"last quarter of training, a gap of {ode - sde:+.3f} between the samplers")  # fmt: skip
     print(f"{time.perf_counter() - began:.0f} s; results in {given.output_dir}")
 
 

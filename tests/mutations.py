@@ -85,6 +85,17 @@ MUTATIONS = [
     ("constraint", "weight = max(0.0, weight + integral * lacking)", "weight = max(0.0, weight - integral * lacking)", "P19"),
     ("constraint", "return weight, max(0.0, weight + proportional * lacking)", "return weight, weight + proportional * lacking", "P19"),
     ("constraint", "lacking = (target - share) * reward_std", "lacking = target - share", "P19"),
+    ("constraint", "(1 if 2 * j <= K else -1)", "(1 if 2 * j < K else -1)", "P19:gains"),
+    ("constraint", "math.sqrt(j * (K - j))", "j * (K - j)", "P19:gains"),
+    ("constraint", "weight < 3 * needed or share > target - 0.02", "weight < 3 * needed", "P19:out_of_reach"),
+    ("constraint", "weight < 3 * needed or", "weight < needed or", "P19:out_of_reach"),
+    ("constraint", "weight < 3 * needed or", "weight < 30 * needed or", "P19:out_of_reach"),
+    ("grpo", "hold(state.weight, diversity(state), target, state.unit)", "hold(state.weight, diversity(state), target, 1.0)", "P19:pays"),
+    ("grpo", "unmet and (unmet := out", "False and (unmet := out", "P19:said_during"),
+    ("grpo", "return state.kept < (", "return state.metrics.get('diversity', 1) < (", "P19:collapse"),
+    ("state", '"kept": self.kept,', '"kept": 1.0,', "P19:collapse"),
+    ("state", '"multiplier": (self.weight, self.unit)', '"multiplier": (0.0, self.unit)', "P19:resumed"),
+    ("constraint", 'final["feature_variance"] / base["feature_variance"]', 'final["feature_variance"]', "P19:reported"),
     ("two_modes", "math.expm1(-exponent) / (group_size - 1))", "math.expm1(-exponent) / group_size)", "P14"),
     ("two_modes", "own + other * math.exp(-exponent)", "own + other * math.exp(exponent)", "P14"),
     ("many_modes", "excess[size - 1] / size", "excess[size - 1] / (size + 1)", "P15"),
@@ -108,7 +119,7 @@ def red(root: Path, test: str) -> bool:
     They run in a fork of this process, which has imported the large libraries but nothing of ref/.
     """
     claim, _, word = test.partition(":")
-    file = f"tests/claims/test_{claim.lower()}.py"
+    files = [str(path) for path in (root / "tests").rglob("test_*.py") if f'claim("{claim}")' in path.read_text()]
     options = ["-n", "0", "-x", "-q", "--tb=no", "--hypothesis-profile=mutations", "-m", claim]
     options += ["-k", word] if word else []
     child = os.fork()
@@ -117,7 +128,7 @@ def red(root: Path, test: str) -> bool:
         sys.path.insert(0, str(root))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
-        os._exit(pytest.main([*options, file if (root / file).exists() else "tests"]))
+        os._exit(pytest.main([*options, *files]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 

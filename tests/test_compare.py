@@ -18,18 +18,22 @@ from .tools import flags, refusal
 
 
 def test_a_runs_name_is_read_whole():
-    assert parse("pec") == {"method": "pec", "space": None, "encoder": None, "weight": None}
+    assert parse("pec") == {"method": "pec", "space": None, "encoder": None, "weight": None, "target": None}
     assert parse("clip_cov@perceptual/reader:0.1") == {
         "method": "clip_cov",
         "space": "perceptual",
         "encoder": "reader",
         "weight": 0.1,
+        "target": None,
     }
     assert figures.label("pec@kernel/reader:0.5") == "PEC, kernel, φ = reader, λ = 0.5"
+    assert parse("pec@kernel/reader:target=0.9") == parse("pec@kernel/reader") | {"target": 0.9}
+    assert figures.label("pec@kernel/reader:target=0.9") == "PEC, kernel, φ = reader, target 0.9"
     with pytest.raises(ValueError, match="unknown method in 'ppo:1'"):
         parse("ppo:1")
-    with pytest.raises(ValueError, match=r"METHOD\[@SPACE\]"):
-        parse("pec:one")
+    for spec in ("pec:one", "pec:target=high", "pec:0.5:target=0.9"):
+        with pytest.raises(ValueError, match=r"METHOD\[@SPACE\]"):
+            parse(spec)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,9 @@ def test_a_runs_name_is_read_whole():
     [
         (["--runs", "pec@pixels:1"], "got space 'pixels'"),
         (["--runs", "pec:-1"], "the weight of PEC must be a number from 0"),
+        (["--runs", "pec:target=20"], "target_diversity must be less than 10, got 20"),
+        (["--runs", "clip_cov:target=0.9"], "ClipCov cannot hold a target diversity; take pec"),
+        (["--runs", "pec:target=0.9", "pec:target=0.90"], "pec:target=0.9 and pec:target=0.90 are the same run"),
         (["--seeds", "0"], "seeds must be greater than or equal to 1, got 0"),
     ],
 )
@@ -49,7 +56,7 @@ def some_runs():
     rng = torch.Generator().manual_seed(0)
     columns = [c for group in COLUMNS["mixture"] for c in group]
     rows = [{"run": "base", "seed": ""} | {c: 0.5 for c in columns}]
-    for run in ("flow_grpo", "pec:2", "pec:0.5", "pec/direction:1"):
+    for run in ("flow_grpo", "pec:2", "pec:0.5", "pec/direction:1", "pec:target=0.9", "pec:target=0.8"):
         for seed in range(4):
             rows.append({"run": run, "seed": seed} | {c: torch.rand((), generator=rng).item() for c in columns})
     return rows
@@ -76,15 +83,15 @@ def test_scores_are_the_norm_avg_of_the_means_and_their_spread():
 
 def test_front_orders_weights_and_keeps_variants_apart():
     points = front(some_runs())
-    assert list(points) == ["flow_grpo", "pec", "pec/direction"]
-    assert [note for note, *_ in points["pec"]] == ["λ = 0.5", "λ = 2"]
+    assert list(points) == ["flow_grpo", "pec", "pec/direction", "pec:target"]
+    assert [note for note, *_ in points["pec"] + points["pec:target"]] == ["λ = 0.5", "λ = 2", "0.8", "0.9"]
     figure = figures.reward_diversity_front(points)
-    assert len(figure.axes[0].patches) == 4  # an ellipse for each point
+    assert len(figure.axes[0].patches) == 6  # an ellipse for each point
 
 
 @pytest.mark.parametrize("method, phi", [("pec/dino=/models/dino:0.5", "dino"), ("pec/a b/my.py:phi:0.5", "my.py:phi")])
 def test_an_encoder_s_name_may_hold_a_folder_or_a_file(method, phi):
-    assert parse(method) | {"encoder": None} == {"method": "pec", "space": None, "encoder": None, "weight": 0.5}
+    assert parse(method) | {"encoder": None} == parse("pec:0.5")
     assert parse(method)["encoder"] == method[4:-4]
     assert figures.label(method) == f"PEC, φ = {phi}, λ = 0.5"
 

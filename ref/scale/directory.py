@@ -28,8 +28,8 @@ LEFT = ("metrics.json", "evaluation.json", "weights")  # what a run leaves besid
 HABITS = ("save_every", "evaluate_every", "log_with")  # in run.json for --resume; they change nothing of the run
 # What a resumed run may have otherwise: what moves memory and time, or roundings at most; and its length, see below.
 MAY_CHANGE = (
-    *HABITS, "iterations", "micro_batch", "memory", "gradient_checkpointing", "tiling", "decode_batch",
-    "compile_blocks", "cache_dir",
+    *HABITS, "iterations", "stop_below_diversity", "micro_batch", "memory", "gradient_checkpointing", "tiling",
+    "decode_batch", "compile_blocks", "cache_dir",
 )  # fmt: skip
 
 
