@@ -64,7 +64,9 @@ def test_expected_passes_counted_by_hand(changes, drawn, trained):
 def test_the_hook_counts_what_is_expected():
     """The digits, whose one place for a window leaves nothing to chance."""
     digits = PRESETS["digits"]
-    own = dict(groups=2, group_size=4, steps=4, window=2, trained=0.5, tail_steps=1, micro_batch=4, same_noise=True)
+    own = dict(
+        groups=2, group_size=4, updates=1, steps=4, window=2, trained=0.5, tail_steps=1, micro_batch=4, same_noise=True
+    )
     settings = dataclasses.replace(digits.settings, best_and_worst=2, **own)
     result = benchmark(digits.task(), settings, 3, 1)
     assert tuple(result["passes"].values()) == expected_passes(settings) == (3, 1)
