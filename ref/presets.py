@@ -27,14 +27,16 @@ trains four projections in 12 steps, these presets all twelve of `flux.LORA_TARG
 
 The large ones take the options of `options.Pipeline`, among them a folder in place of the model. Their micro-batch
 is the largest that fits, found by trial (scale/microbatch.py), unless `memory` is given, the GPU's in GB: then it is the one of
-this table. All variants do the same, up to rounding. The memory is *computed*, not measured: `ref.benchmark.memory`, plus
-PickScore in float32 (3.7 GiB), averaged weights, 1 GiB for CUDA, and a tenth.
+this table. All variants do the same, up to rounding. The memory is *emulated*, not measured: it is what torch's own CUDA
+allocator reserves for an update on a device without kernels (tests/no_kernels), with PickScore in float32 (3.7 GiB),
+averaged weights, and 1 GiB more for CUDA itself. `python -m ref.benchmark.memory` computes the terms for other sizes.
 
-|                | 24 GB               | 48 GB               | 80 GB               |
-|----------------|---------------------|---------------------|---------------------|
-| `sd35_medium`  | 12 ckpt, 15.2 GiB   | 6, 37.7 GiB         | 12, 64.8 GiB        |
-| `flux_dev`     | none                | 8 ckpt, 39.4 GiB    | 4, 70.6 GiB         |
-| `flux_dev_720` | none                | 4 ckpt, 40.6 GiB    | 2, 66.8 GiB         |
+|                    | 24 GB               | 48 GB               | 80 GB               |
+|--------------------|---------------------|---------------------|---------------------|
+| `sd35_medium`      | 12 ckpt, 16.2 GiB   | 6, 38.8 GiB         | 12, 66.6 GiB        |
+| `flux_dev`         | none                | 8 ckpt, 37.6 GiB    | 4, 62.4 GiB         |
+| `flux_dev_720`     | none                | 4 ckpt, 40.1 GiB    | 2, 67.7 GiB         |
+| `sd35_medium_fast` | 12 ckpt, 13.4 GiB   | 6, 24.8 GiB         | 12, 38.7 GiB        |
 
 (micro-batch, with gradient checkpointing or without). FLUX.1-dev's 11.9 billion weights alone fill 22.2 GiB.
 """

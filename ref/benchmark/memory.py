@@ -3,12 +3,14 @@
     python -m ref.benchmark.memory                # the presets' image sizes
     python -m ref.benchmark.memory 512 1024       # others, in pixels; with --all-weights for full fine-tuning
 
-PyTorch's fake tensors go through the real transformer's forward pass, and every tensor that autograd would
-keep for the backward pass is counted once, as its storage is. For B samples in a micro-batch
+PyTorch's fake tensors go through the real transformer's forward pass by the rules of CUDA's autocast, which takes layer
+norms to float32, and every tensor that autograd would keep for the backward pass is counted once, as its storage is.
+For B samples in a micro-batch
 
     peak = weights + trained + B (kept + block)
 
-weights   transformer and LoRA (the transformer in bfloat16, the VAE's 84 million weights in float32)
+weights   transformer and LoRA (the transformer in bfloat16, with SD3.5's table of positions; the VAE's 84 million
+          weights in float32)
 trained   gradients and AdamW's two moments, 12 bytes for each weight of the LoRA; 16 where all are trained, for
           then a float32 copy of the weights is made (`weights` is the frozen base), to be divided by the GPUs
 kept      what a forward pass of one sample (two with classifier-free guidance) leaves for the backward pass
@@ -21,14 +23,16 @@ Left out: CUDA's own context and fragmentation (plan for a tenth more), the traj
 import sys
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import patch
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tyro.conf import Positional, arg
 
 from ref.models.adapter import TextToImage
+from ref.models.embeddings import NAMES
 from ref.models.sd3 import SD3
 from ref.models.shapes import shaped
 from ref.options import Options, Pixels, command, read
@@ -40,11 +44,30 @@ from ref.settings import in_one_line
 GIB = 2**30
 
 
-def kept(model: TextToImage, batch: int = 1) -> int:
-    """Bytes that one forward pass of `batch` samples leaves for the backward pass. Reads the model's shapes only."""
+def conditioning_of(model: TextToImage, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
+    """What `encode` would give for `batch` prompts of so many T5 tokens (None: the pipeline's), without content."""
     config = model.transformer.config
-    tokens = model.default_tokens + (77 if isinstance(model, SD3) else 0)
-    embeds, pooled = (batch, tokens, config.joint_attention_dim), (batch, config.pooled_projection_dim)
+    tokens = (tokens or model.default_tokens) + (77 if isinstance(model, SD3) else 0)
+    shapes = (batch, tokens, config.joint_attention_dim), (batch, config.pooled_projection_dim)
+    given = {name: torch.empty(shape, dtype=model.dtype) for name, shape in zip(NAMES, shapes)}
+    return given | {f"negative_{name}": value for name, value in given.items()}
+
+
+def in_float32(norm):
+    """A norm as CUDA's autocast calls it: what it reads, and keeps for the way back, is float32."""
+
+    def call(x, *arguments, **options):
+        with torch.autocast("cpu", enabled=False):
+            return norm(x.float(), *arguments, **options)
+
+    return call
+
+
+def kept(model: TextToImage, batch: int = 1, tokens: int | None = None, cuda: bool = True) -> int:
+    """Bytes that one forward pass of `batch` samples leaves for the backward pass. Reads the model's shapes only.
+
+    cuda: by the rules of CUDA's autocast, which takes layer norms to float32; the CPU's does not.
+    """
     storages, real = {}, [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -63,13 +86,11 @@ def kept(model: TextToImage, batch: int = 1) -> int:
                     storages[storage._cdata] = storage  # held, so that its address is not given away again
                 return tensor
 
-            conditioning = {
-                "prompt_embeds": torch.empty(embeds, dtype=model.dtype),
-                "pooled_prompt_embeds": torch.empty(pooled, dtype=model.dtype),
-            }
-            conditioning |= {f"negative_{key}": value for key, value in conditioning.items()}
-            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                model.velocity(torch.empty(batch, *model.latent_shape), torch.tensor(0.5), conditioning)
+            conditioning, x = conditioning_of(model, batch, tokens), torch.empty(batch, *model.latent_shape)
+            norm = nn.functional.layer_norm
+            norms = patch.object(nn.functional, "layer_norm", in_float32(norm) if cuda else norm)
+            with norms, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                model.velocity(x, torch.tensor(0.5), conditioning)
             return sum(storage.nbytes() for storage in storages.values())
     finally:
         for module, parameters, buffers in real:
@@ -77,18 +98,21 @@ def kept(model: TextToImage, batch: int = 1) -> int:
             module._buffers.update(buffers)
 
 
-def footprint(model: TextToImage) -> dict[str, float]:
-    """The terms of the module's docstring in GiB: weights, trained, kept, block, and kept without checkpointing."""
+def footprint(model: TextToImage, tokens: int | None = None) -> dict[str, float]:
+    """The terms of the module's docstring in GiB: weights, trained, kept, block, and kept without checkpointing.
+
+    tokens: of T5; None: the pipeline's own number, more than the presets take.
+    """
     transformer = model.transformer
     blocks = len(transformer.transformer_blocks) + len(getattr(transformer, "single_transformer_blocks", ()))
     transformer.disable_gradient_checkpointing()
-    everything = kept(model)
+    everything = kept(model, tokens=tokens)
     transformer.enable_gradient_checkpointing()
     trained = sum(p.numel() * (12 if p.dtype == torch.float32 else 16) for p in model.parameters() if p.requires_grad)
     terms = {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weights": sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
         "trained": trained,
-        "kept": kept(model),
+        "kept": kept(model, tokens=tokens),
         "block": everything / blocks,
         "without": everything,
     }

@@ -85,14 +85,15 @@ def fitted(model, prompts: list[str], settings: Settings) -> Settings:
     refuse_in_parts(any(in_parts(weight) for weight in trainable(model).values()))
     conditioning, copies = model.encode(prompts[:1]), 3 if settings.ema else 2
     device = next(iter(conditioning.values())).device
+    shared = device if processes() > 1 else "cpu"
     if device.type == "cuda":
-        fails = torch.tensor(float(not fits(model, conditioning, 0, copies)), device=device)
+        fails = torch.tensor(float(not fits(model, conditioning, 0, copies)), device=shared)
         if over_processes(fails, largest=True):
             raise OutOfMemory("out of memory in the VAE; give a smaller --decode-batch, or add --tiling")
     step = -(-settings.groups // settings.updates // processes()) * settings.group_size  # samples of an optimiser step
     most = min(step, MOST_ON_CPU) if device.type == "cpu" else step
     found = torch.tensor(-largest(lambda n: fits(model, conditioning, n, copies), most), dtype=torch.float32)
-    found = -int(over_processes(found.to(device), largest=True))
+    found = -int(over_processes(found.to(shared), largest=True))
     if found == 0:
         raise OutOfMemory("out of memory: not even one sample fits; add --gradient-checkpointing, or take a larger GPU")
     return dataclasses.replace(settings, micro_batch=-(-step // -(-step // found)))

@@ -1,0 +1,139 @@
+"""What holds on a GPU, whatever its numbers: torch's real CUDA build on a device that has no kernels (gpu.c).
+
+gcc and the wheels of requirements.txt are all it needs. Nothing here speaks of speed, bits, cuDNN or NCCL.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from ref import presets
+from ref.methods import METHODS
+
+from ..small import PRESET
+from ..tools import ROOT
+
+HERE, SITE = Path(__file__).parent, Path(sysconfig.get_paths()["purelib"])
+HEADERS = [SITE / "nvidia/cu13/include", SITE / "triton/backends/nvidia/include"]
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory) -> Path:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if not compiler or not sys.platform.startswith("linux") or not all(folder.is_dir() for folder in HEADERS):
+        pytest.skip("needs gcc, Linux, and torch's wheels for CUDA 13")
+    if torch.cuda.is_available():
+        pytest.skip("there is a real GPU; python -m ref.benchmark.on_a_gpu is for that")
+    library = tmp_path_factory.mktemp("gpu") / "libcuda.so.1"
+    options = ["-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *(f"-I{folder}" for folder in HEADERS)]
+    subprocess.run([compiler, *options, "-o", str(library), str(HERE / "gpu.c"), "-lpthread"], check=True)
+    return library
+
+
+def started(gpu: Path, world: Path, part: str, **environment) -> subprocess.Popen:
+    own = {"LD_PRELOAD": str(gpu), "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-m", "tests.no_kernels.on_a_gpu", str(world), part]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=os.environ | own, cwd=ROOT, **pipes)
+
+
+def found(process: subprocess.Popen) -> dict:
+    said, errors = process.communicate(timeout=540)
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(said.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def loop(gpu, world) -> dict:
+    return found(started(gpu, world, "loop"))
+
+
+@pytest.mark.parametrize("kind", PRESET)
+def test_rollout_and_update_are_the_same_operators_and_nothing_trains_on_the_cpu(kind, loop):
+    """Names, shapes and types; attention by flash attention in both, which is the same with gradients and without."""
+    own = loop[kind]
+    assert own["operators"] > 300 and own["other"] == [] and own["on_cpu"] == {}
+    assert own["attention"] == ["aten._scaled_dot_product_flash_attention.default"]
+    assert own["devices"] == ["cuda"] and own["dtype"] == "torch.bfloat16"
+    assert own["methods"].keys() == METHODS.keys() and min(own["methods"].values()) > 0  # GiB
+
+
+@pytest.mark.parametrize("kind", PRESET)
+def test_no_step_waits_for_the_gpu(kind, loop):
+    """Neither in velocity nor in rollout, nor in update's loop over steps, which is indented by 12."""
+    waits = [line.split(" ", 2) for line in loop[kind]["waits"]]
+    assert {"walk", "update"} <= {function for function, _, _ in waits}  # it would be seen
+    for function, indent, line in waits:
+        assert function not in ("velocity", "rollout", "loss", "gaussian_log_prob"), line
+        assert function != "update" or int(indent) < 12, line
+
+
+@pytest.mark.parametrize("kind", PRESET)
+@pytest.mark.parametrize(
+    "phase, said",
+    [
+        ("encode", "while training"), ("sample", "out of memory"), ("decode", "in the VAE"),
+        ("reward", "while training"), ("features", "while training"), ("update", "out of memory"),
+        ("backward", "while training"), ("step", "while training"),
+    ],
+)  # fmt: skip
+def test_memory_s_end_is_one_line_in_every_phase(kind, phase, said, loop):
+    line = loop[kind]["ends"][phase]
+    assert line.startswith("out of memory") and said in line and "; give a smaller" in line
+
+
+@pytest.mark.parametrize("kind", PRESET)
+@pytest.mark.parametrize("checkpointing", ["False", "True"])
+def test_a_failed_trial_leaves_memory_as_it_was(kind, checkpointing, loop):
+    own = loop[kind]["trial"][checkpointing]
+    assert own["fits"] == [True, False, True, False, True]
+    assert own["after"] == own["before"]
+    assert own["micro_batch"] > 1 and own["said"].startswith("out of memory in the VAE; give a smaller --decode-batch")
+
+
+def test_a_run_its_resume_and_the_stock_pipeline(gpu, world):
+    own = found(started(gpu, world, "whole"))
+    assert own["iterations"] == 2 and own["evaluated"] == 0
+    assert "peak_gib" in own["phases"] and "seconds_sample" in own["phases"]
+    assert own["small"] == []  # the small worlds compute on the CPU, and say so
+
+
+@pytest.mark.parametrize("preset, backend", [("flux_dev", "nccl"), ("mixture", "gloo")])
+def test_two_processes_join(preset, backend, gpu, world, tmp_path):
+    """On their GPUs by NCCL, for which gloo stands in; the small worlds by gloo."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port), GPUS="2", FOLDER=str(tmp_path), WHAT=preset)
+    common |= dict(LOCAL_WORLD_SIZE="2")
+    both = [started(gpu, world, "ranks", RANK=str(n), LOCAL_RANK=str(n), **common) for n in range(2)]
+    for n, process in enumerate(both):
+        own = found(process)
+        assert own["iterations"] == 1 and backend in own["backend"][0]
+        assert preset == "mixture" or own["device"] == n
+
+
+def test_full_size_presets_stay_below_their_table(gpu, world):
+    """Torch's allocator, on empty weights of the real sizes, and 1 GiB for CUDA; the table of presets.py, to 0.1 GiB."""
+    own = found(started(gpu, world, "full_size"))
+    rows = re.findall(r"^\| `(\w+)` +\|(.*)\|$", presets.__doc__, re.M)
+    cells = {name: re.findall(r"([\d.]+) GiB", cells) for name, cells in rows if "GiB" in cells}
+    table = {}
+    for name, numbers in cells.items():
+        memories = sorted(presets.PRESETS[name].variants)
+        assert len(memories) == len(numbers)
+        table |= {f"{name} {memory}": float(number) for memory, number in zip(memories, numbers)}
+    checked = [(name, row) for row in own.values() for name in row["presets"] if name in table]
+    assert {name for name, _ in checked} == set(table) and len(table) >= 7
+    for name, row in checked:
+        assert abs(row["reserved"] + 1 - table[name]) < 0.5, name  # reserved in blocks, as the order of frees has it
+        assert table[name] < 0.93 * row["memory"] * 1e9 / 2**30, name
