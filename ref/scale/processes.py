@@ -1,6 +1,12 @@
-"""Many processes: who owns which groups, and the two things that are exchanged.
+r"""Many processes: who owns which groups, and the two things that are exchanged.
 
     accelerate launch --num_processes 8 -m ref.train ...
+
+On two nodes of eight GPUs this line on each, with its own --machine_rank. Both must see --output-dir, the model's folder and
+one's own files; the cache of prompts' embeddings may be each node's own.
+
+    accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip NODE0 \
+        --main_process_port 29500 -m ref.train --preset flux_dev_720 --groups 16 --output-dir /shared/flux ...
 
 Every process owns G / P whole groups of every optimiser step and draws the samples that one process would.
 Two things are exchanged:
