@@ -90,7 +90,7 @@ MUTATIONS = [
     ("constraint", "weight < 3 * needed or share > target - 0.02", "weight < 3 * needed", "P19:out_of_reach"),
     ("constraint", "weight < 3 * needed or", "weight < needed or", "P19:out_of_reach"),
     ("constraint", "weight < 3 * needed or", "weight < 30 * needed or", "P19:out_of_reach"),
-    ("grpo", "hold(state.weight, diversity(state), target, state.unit)", "hold(state.weight, diversity(state), target, 1.0)", "P19:pays"),
+    ("grpo", "hold(state.weight, diversity(state), target, state.unit)", "hold(state.weight, diversity(state), target, 1.0)", "P19:paid"),
     ("grpo", "unmet and (unmet := out", "False and (unmet := out", "P19:said_during"),
     ("grpo", "return state.kept < (", "return state.metrics.get('diversity', 1) < (", "P19:collapse"),
     ("state", '"kept": self.kept,', '"kept": 1.0,', "P19:collapse"),

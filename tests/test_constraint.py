@@ -20,7 +20,7 @@ from .small import same
 from .tools import exit_code, refusal
 
 TINY = ["--groups", "4", "--group-size", "4", "--updates", "1", "--steps", "4"]
-HELD = ["--preset", "mixture", "--method", "pec", "--target-diversity", "0.8", *TINY]
+HELD = ["--preset", "mixture", "--method", "pec", "--target-diversity", "3", *TINY]
 
 
 def saved(folder, name):
@@ -57,8 +57,9 @@ def test_a_target_is_reported_and_resumed_to_the_bit(tmp_path, capsys):
     base, final = evaluation["base"], evaluation["final"]
     assert final["diversity"] == final["feature_variance"] / base["feature_variance"] != 1
     assert (final["diversity_sde"], final["weight"]) == (last["diversity"], last["weight"])
+    assert last["weight"] > 0  # what is to be resumed
     gap = final["diversity"] - final["diversity_sde"]
-    assert f"0.8 was asked for: {final['diversity']:.3f} by the ODE, {last['diversity']:.3f} by the SDE" in said
+    assert f"3.0 was asked for: {final['diversity']:.3f} by the ODE, {last['diversity']:.3f} by the SDE" in said
     assert f"a gap of {gap:+.3f} between the samplers" in said
 
 
