@@ -123,6 +123,9 @@ def train(
         refuse_target(method)
     if settings.per_reward and not hasattr(reward, "weights"):
         raise ValueError("per_reward needs a sum of rewards, as in pickscore:0.7+ocr:0.3")
+    if settings.ema and settings.ema_every > settings.iterations * settings.updates:
+        warnings.warn(f"this run has {settings.iterations * settings.updates} optimiser steps and ema_every is {settings.ema_every}: the averages, which are "
+                      "saved, stay the base model's weights; give --ema 0 or --ema-every 1", stacklevel=2)  # fmt: skip
     terms = list(zip(reward.weights, reward.rewards)) if settings.per_reward else [(1.0, reward)]
     state = state or start(model, settings)
     full = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)

@@ -436,3 +436,12 @@ def test_the_update_asks_for_no_number_within_its_loop_over_steps(kind, method, 
         next(train(model, PROMPTS, lambda images, prompts: images.mean((1, 2, 3)), lambda images: images.mean((2, 3)),
                    METHODS[method](), settings))  # fmt: skip
     assert inside[0] == inside[1] and inside[0]["_local_scalar_dense"] > 0
+
+
+def test_averages_that_would_stay_the_base_model_are_warned_of():
+    short = dataclasses.replace(SMALL, iterations=1, updates=2, ema=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(settings=dataclasses.replace(short, ema_every=2))
+    with pytest.warns(UserWarning, match="2 optimiser steps and ema_every is 3: .*--ema 0"):
+        run(settings=dataclasses.replace(short, ema_every=3))

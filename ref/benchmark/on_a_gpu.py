@@ -82,8 +82,8 @@ def measured(model, settings: Settings, device: torch.device) -> dict:
     brightness = lambda images, prompts: images.flatten(1).mean(1)  # noqa: E731
     phi = lambda images: images.mean((2, 3))  # noqa: E731
     calibrate_on(state, PROMPTS, phi, settings)
-    for state in train(model, PROMPTS, brightness, phi, method, settings, state):
-        metrics = state.metrics
+    for trained in train(model, PROMPTS, brightness, phi, method, settings, state):
+        metrics = trained.metrics
     conditioning = model.encode(PROMPTS[:1])
     work = phase_flops(settings, flops(model, conditioning), flops(model, conditioning, backward=True))
     rate = matmul_rate(device, model.dtype)

@@ -1,4 +1,4 @@
-"""The script for a real GPU, rehearsed on the CPU; tests/no_kernels runs it at full size on a GPU without kernels."""
+"""The script for a real GPU, rehearsed on the CPU."""
 
 import json
 

@@ -38,7 +38,7 @@ def small(preset: str, **changes):
     Every network sees batches of one size however many processes there are (16 samples, 16 images to decode, 32 to
     encode): the same kernels on the same shapes, so that only the order in which gradients are added up differs.
     """
-    values = dict(groups=4, group_size=16, updates=1, micro_batch=16, steps=3, grad_clip=0.05, ema=0.5, iterations=2)
+    values = dict(groups=4, group_size=16, updates=1, micro_batch=16, steps=3, grad_clip=0.05, ema=0.5, ema_every=1, iterations=2)
     return dataclasses.replace(PRESETS[preset].settings, **values | changes)
 
 
