@@ -472,9 +472,13 @@ def test_ignored_signals_stay_ignored_and_windows_has_no_sighup(monkeypatch):
 def popen(module: str, *arguments) -> subprocess.Popen:
     words = [sys.executable, "-m", module, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    heeded = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, by the children too
+    try:
+        return subprocess.Popen(
+            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, heeded)
 
 
 def alive(session: int) -> list[str]:
