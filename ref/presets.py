@@ -265,7 +265,7 @@ DANCE_GRPO = Settings(
     lr=3e-4, trained=0.6, same_noise=True,
 )  # fmt: skip
 LETTERS = Settings(
-    iterations=40, groups=4, group_size=20, steps=8, window=3, lr=4e-3, lr_schedule="cosine", clip=1e-2
+    iterations=80, groups=4, group_size=20, steps=8, window=3, lr=4e-3, lr_schedule="cosine", clip=1e-2
 )  # fmt: skip
 PRESETS = {
     "mixture": Preset(mixture, Settings(iterations=150, groups=32, group_size=16, updates=1, lr=1e-3, clip=0.2)),
