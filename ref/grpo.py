@@ -123,13 +123,16 @@ def train(
         refuse_target(method)
     if settings.per_reward and not hasattr(reward, "weights"):
         raise ValueError("per_reward needs a sum of rewards, as in pickscore:0.7+ocr:0.3")
+    if settings.same_noise and settings.window and (settings.target_diversity or settings.stop_below_diversity):
+        warnings.warn("with same_noise a group's spread depends on where the window lies, and so does what is called its "
+                      "diversity here: a target or a stop means little; leave same_noise out", stacklevel=2)  # fmt: skip
     if settings.ema and settings.ema_every > settings.iterations * settings.updates:
         warnings.warn(f"this run has {settings.iterations * settings.updates} optimiser steps and ema_every is {settings.ema_every}: the averages, which are "
                       "saved, stay the base model's weights; give --ema 0 or --ema-every 1", stacklevel=2)  # fmt: skip
     terms = list(zip(reward.weights, reward.rewards)) if settings.per_reward else [(1.0, reward)]
     state = state or start(model, settings)
     full = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
-    *others, last = full.leverage[: settings.trainable_steps].tolist()
+    *others, last = full.leverage[: None if settings.trained_at_random else settings.trainable_steps].tolist()
     if others and last > 5 * max(others):
         warnings.warn(f"the last trained step's gradient is {last / max(others):.0f} times as large as the next: on this "
                       f"grid {settings.kind} makes it nearly deterministic; leave it out, with --trained 0.5", stacklevel=2)  # fmt: skip
@@ -167,7 +170,7 @@ def train(
         )
         if target is not None:
             if state.unit is None:  # the first iteration samples the base model
-                state.unit = method.unit(state.reward.std(1).mean().item(), settings.std_normalize)
+                state.unit = method.unit(group.reward.std(1).mean().item(), settings.std_normalize)
             state.weight, method.weight = hold(state.weight, diversity(state), target, state.unit)
             if not unmet and (unmet := out_of_reach(state.weight, state.kept, target, state.unit, settings.group_size)):
                 warnings.warn(unmet, stacklevel=2)
