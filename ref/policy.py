@@ -80,11 +80,11 @@ def multistep(
 
     x_hat = x - sigma v is the image that the velocity predicts, `before` that of step i - 1. In lambda = log(alpha / sigma)
     the ODE's linear part is solved exactly, and x_hat extrapolated to the middle of the step; the first step
-    (without `before`) and the last (where lambda is infinite) take x_hat as it is.
+    (without `before`), one from pure noise and the last (where lambda is infinite) take x_hat as it is.
     """
     s_before, s, s_next = (float(schedule.sigmas[max(n, 0)]) for n in (i - 1, i, i + 1))
     image = at_middle = x - s * velocity
-    if before is not None and s_next > 0:
+    if before is not None and s_before < 1 and s_next > 0:
         lam = lambda sigma: math.log((1 - sigma) / sigma)  # noqa: E731
         h, h_before = lam(s_next) - lam(s), lam(s) - lam(s_before)
         at_middle = image + h / (2 * h_before) * (image - before)

@@ -103,3 +103,12 @@ def test_a_tail_leaves_the_window_alone_and_needs_fewer_calls(rng):
         assert torch.equal(found.x[:6], path.x[:6]) and torch.equal(found.log_prob, path.log_prob)
         error[calls] = (found.x[-1] - exact).square().mean().sqrt()
     assert error[3] < 1.2 * error[0] and error[4] < 0.6 * error[0] and error[100] < 0.4 * error[0]
+
+
+def test_a_tail_alone_starts_from_pure_noise():
+    """No stochastic step, levels from 1 on: a straight flow ends exactly where it leads."""
+    schedule = FlowSchedule(torch.linspace(1, 0, 5)).tailed(2).ode()
+    noise, image = torch.ones(2, 3), torch.full((2, 3), 0.25)
+    path = rollout(lambda x, sigma: noise - image, schedule, noise)
+    assert schedule.multistep and not schedule.steps
+    torch.testing.assert_close(path.x[-1], image)
