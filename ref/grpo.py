@@ -71,7 +71,8 @@ def judge(terms: list[tuple[float, Callable]], images: Float[Tensor, "B ..."], p
 
 
 def decoupled(terms: list[tuple[float, Callable]], said: list[Float[Tensor, "G K"]]) -> Float[Tensor, "G K"]:
-    """The weighted sum of each reward's own z-scores in its group. GDPO, arXiv 2601.05242, then divides over the batch.
+    """The weighted sum of each reward's own z-scores in its group. GDPO, arXiv 2601.05242, then divides over the batch,
+    as `global_std` does; without it the sum is divided by its group's deviation.
 
     A reward of small spread so counts as much as its weight says.
     """

@@ -310,8 +310,9 @@ class GARDO(FlowGRPO):
     """Positive advantages times the distance to the nearest neighbour of the group. GARDO's rule, arXiv 2512.24138.
 
     Who is good and far from the others is raised more; who is bad is lowered whatever it looks like. The distance is that
-    of phi, over its mean in the group to the power `weight` (a reading: a group's positive advantages keep their size, and
-    0 gives Flow-GRPO). Its other parts, a gated KL and a reference that moves, are not here.
+    of phi, over its mean over all of the group, to the power `weight` (0 gives Flow-GRPO). Readings: L2, where its code
+    takes 1 - cosine, and after the advantages are normalised and clipped, which its code does not do. Its other parts, a
+    gated KL and a reference that moves, are not here.
     """
 
     default_weight = 1.0

@@ -6,7 +6,8 @@ Written from the description of its trainers (arXiv 2505.05470, and how its publ
     a batch is rolled out, decoded and judged; its log-densities are kept, and serve the update as the old ones
     the update takes the same batches, one step at a time, with a backward pass of its own for each
 
-With a `window` and guidance 1 this is Flow-GRPO-Fast. Nothing is shared, skipped or shortened. It draws the same noise as
+With a `window` and guidance 1 this is its fast recipe without guidance. Nothing is shared, skipped or shortened, though its
+code leaves out samples without advantage (and averages over the rest). It draws the same noise as
 ours and must give the same numbers up to rounding: `against` reports the ratio of times together with the largest
 differences, relative to the largest value of each quantity. One optimiser step an iteration, so that the gradient is there
 to compare; Adam's first steps are signs, which no tolerance fits.
