@@ -33,6 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ref.models.sd3 import SD3
+from ref.worlds.captions import CaptionEncoder
 
 WEIGHTS = Path(__file__).parent / "weights" / "digits"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -56,34 +57,6 @@ def label(prompt: str) -> int:
     if len(found) != 1:
         raise ValueError(f"the caption {prompt!r} must name exactly one digit, as in {PROMPTS[7]!r}")
     return found[0]
-
-
-class CaptionEncoder(nn.Module):
-    """Word embeddings in place of SD3's CLIP and T5. The empty caption serves guidance."""
-
-    def __init__(self, dim: int = 64, length: int = 3):
-        super().__init__()
-        self.length = length
-        self.words = nn.Embedding(len(VOCABULARY), dim)
-        self.position = nn.Parameter(torch.zeros(length, dim))
-        self.pool = nn.Linear(dim, dim)
-
-    def tokens(self, prompts: list[str]) -> Tensor:
-        unknown = {w for p in prompts for w in p.split()} - set(VOCABULARY)
-        if unknown:
-            raise ValueError(f"unknown word {min(unknown)!r}; this model knows {', '.join(VOCABULARY[1:])}")
-        rows = [[VOCABULARY.index(w) for w in p.split()][: self.length] for p in prompts]
-        return torch.tensor([row + [0] * (self.length - len(row)) for row in rows])
-
-    def embed(self, tokens: Tensor) -> dict[str, Tensor]:
-        embeds = self.words(tokens) + self.position
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": self.pool(embeds.mean(1))}
-
-    @torch.no_grad()
-    def forward(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Captions -> prompt_embeds [B, L, E] and pooled_prompt_embeds [B, E], and the negative pair."""
-        negative = self.embed(self.tokens([""] * len(prompts)))
-        return self.embed(self.tokens(prompts)) | {f"negative_{k}": v for k, v in negative.items()}
 
 
 def convolutional(out: int, width: int = 32) -> nn.Sequential:
@@ -191,7 +164,7 @@ def load(folder: Path | str = WEIGHTS) -> tuple[SD3, SlantReward, Phi, nn.Module
         raise FileNotFoundError(
             f"no digits weights in {folder}; make them with: python -m ref.worlds.digits_base --output-dir {folder}"
         )
-    heads = {"captions": CaptionEncoder(), "phi": Phi(), "reader": convolutional(10), "judge": dense(10)}
+    heads = {"captions": CaptionEncoder(VOCABULARY), "phi": Phi(), "reader": convolutional(10), "judge": dense(10)}
     weights = load_file(folder / "heads.safetensors")
     for key, module in heads.items():
         module.load_state_dict({k.removeprefix(key + "."): v for k, v in weights.items() if k.startswith(key + ".")})

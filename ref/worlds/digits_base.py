@@ -22,7 +22,8 @@ from ref.options import Options, command, read
 from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.settings import in_one_line
-from ref.worlds.digits import PROMPTS, CaptionEncoder, Phi, convolutional, data, dense, legibility
+from ref.worlds.captions import CaptionEncoder
+from ref.worlds.digits import PROMPTS, VOCABULARY, Phi, convolutional, data, dense, legibility
 
 PARTS = ("transformer", "vae", "scheduler", "heads.safetensors")
 
@@ -127,7 +128,7 @@ def make_flow(vae, steps: int, seed: int):
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     latents = (vae.encode(images * 2 - 1).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
-    captions = CaptionEncoder()
+    captions = CaptionEncoder(VOCABULARY)
     tokens = captions.tokens([PROMPTS[c] for c in labels])
     transformer = SD3Transformer2DModel(
         sample_size=4, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=16,

@@ -23,65 +23,32 @@ read; a classifier of typefaces says how many faces are drawn.
 
 from pathlib import Path
 
-import torch
-from jaxtyping import Int
-from torch import Tensor, nn
-
 from ref.models.sd3 import SD3
+from ref.worlds.captions import CaptionEncoder
 from ref.worlds.letters.data import LETTERS, PROMPTS, WEIGHTS, label, labels, masks, paint, palettes, renders
-from ref.worlds.letters.judges import Judge, Lean, Phi, Preference, ink, measures, read_heads, right, spaces
+from ref.worlds.letters.judges import Judge, Lean, Phi, Preference, ink, measures, read_head, read_heads, right, spaces
 
 __all__ = [
-    "LETTERS", "PROMPTS", "VOCABULARY", "WEIGHTS", "CaptionEncoder", "Judge", "Lean", "Phi", "Preference", "ink",
+    "LETTERS", "PROMPTS", "VOCABULARY", "WEIGHTS", "Judge", "Lean", "Phi", "Preference", "ink",
     "label", "labels", "load", "load_model", "masks", "measures", "paint", "palettes", "read_heads", "renders", "right", "spaces",
 ]  # fmt: skip
 VOCABULARY = ("", "a", "letter", *LETTERS)
 
 
-class CaptionEncoder(nn.Module):
-    """Word embeddings in place of SD3's CLIP and T5. The empty caption serves guidance."""
-
-    def __init__(self, dim: int = 64, length: int = 3):
-        super().__init__()
-        self.length = length
-        self.words = nn.Embedding(len(VOCABULARY), dim)
-        self.position = nn.Parameter(torch.zeros(length, dim))
-        self.pool = nn.Linear(dim, dim)
-
-    def tokens(self, prompts: list[str]) -> Int[Tensor, "B L"]:
-        unknown = {w for p in prompts for w in p.split()} - set(VOCABULARY)
-        if unknown:
-            raise ValueError(f"unknown word {min(unknown)!r}; this model knows {', '.join(VOCABULARY[1:])}")
-        rows = [[VOCABULARY.index(w) for w in p.split()][: self.length] for p in prompts]
-        return torch.tensor([row + [0] * (self.length - len(row)) for row in rows])
-
-    def embed(self, tokens: Int[Tensor, "B L"]) -> dict[str, Tensor]:
-        embeds = self.words(tokens) + self.position
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": self.pool(embeds.mean(1))}
-
-    @torch.no_grad()
-    def forward(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Captions -> prompt_embeds [B, L, E] and pooled_prompt_embeds [B, E], and the negative pair."""
-        negative = self.embed(self.tokens([""] * len(prompts)))
-        return self.embed(self.tokens(prompts)) | {f"negative_{k}": v for k, v in negative.items()}
-
-
 def load_model(folder: Path | str = WEIGHTS, guidance_scale: float = 1.0) -> SD3:
     """The text-to-image model alone, frozen. Raises FileNotFoundError with the remedy."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    from safetensors.torch import load_file
 
     folder = Path(folder)
     if not (folder / "captions.safetensors").exists():
         raise FileNotFoundError(
             f"no letters weights in {folder}; make them with: python -m ref.worlds.letters.base --output-dir {folder}"
         )
-    captions = CaptionEncoder()
-    captions.load_state_dict({k: v.float() for k, v in load_file(folder / "captions.safetensors").items()})
+    captions = read_head(CaptionEncoder(VOCABULARY), folder / "captions.safetensors")
     transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer").float()
     vae = AutoencoderKL.from_pretrained(folder / "vae").float()
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    return SD3(transformer, vae, scheduler, captions.eval().requires_grad_(False), guidance_scale=guidance_scale)
+    return SD3(transformer, vae, scheduler, captions, guidance_scale=guidance_scale)
 
 
 def load(folder: Path | str = WEIGHTS, guidance_scale: float = 1.0) -> tuple[SD3, Preference, Phi, Judge]:

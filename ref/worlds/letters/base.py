@@ -28,9 +28,10 @@ from ref.scale.checkpoint import atomic_write
 from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.settings import in_one_line
-from ref.worlds.letters import CaptionEncoder, load_model
+from ref.worlds.captions import CaptionEncoder
+from ref.worlds.letters import VOCABULARY, load_model
 from ref.worlds.letters.data import LETTERS, PROMPTS, SIDE, labels, masks, paint, palettes, renders
-from ref.worlds.letters.judges import Faces, Phi, Preference, Rater
+from ref.worlds.letters.judges import Faces, Phi, Preference, Rater, read_head
 from ref.worlds.letters.spoil import spoil
 
 
@@ -141,7 +142,7 @@ def make_flow(training: Training, folder: Path, batch: int = 160, pool: int = 16
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().requires_grad_(False)
-    captions = CaptionEncoder()
+    captions = CaptionEncoder(VOCABULARY)
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=16,
         num_attention_heads=8, joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=64,
@@ -263,14 +264,6 @@ def make_faces(training: Training, folder: Path) -> None:
         return F.cross_entropy(faces.logits(spoil(images, g), letters), which)
 
     training.fit(faces, loss, lambda: ship_head(faces, folder / "faces.safetensors"))
-
-
-def read_head(network: nn.Module, file: Path) -> nn.Module:
-    """A small network as it was shipped, frozen."""
-    from safetensors.torch import load_file
-
-    network.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
-    return network.eval().requires_grad_(False)
 
 
 MAKERS = {  # part: what makes it, steps, learning rate, seed

@@ -228,15 +228,18 @@ def measures(heads: dict[str, nn.Module], judge: Judge) -> dict[str, Callable[[T
     )
 
 
-def read_heads(folder: Path) -> dict[str, nn.Module]:
-    """The networks that look, frozen: phi, rater, two preference models, faces."""
+def read_head(network: nn.Module, file: Path) -> nn.Module:
+    """A small network as it was shipped, frozen."""
     from safetensors.torch import load_file
 
+    network.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
+    return network.eval().requires_grad_(False)
+
+
+def read_heads(folder: Path) -> dict[str, nn.Module]:
+    """The networks that look, frozen: phi, rater, two preference models, faces."""
     heads = {
         "phi": Phi(), "rater": Rater(), "preference": Preference(), "held_out": Preference(),
         "faces": Faces(len(masks())),
     }  # fmt: skip
-    for name, module in heads.items():
-        module.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
-        module.eval().requires_grad_(False)
-    return heads
+    return {name: read_head(module, folder / f"{name}.safetensors") for name, module in heads.items()}
