@@ -75,14 +75,14 @@ class Settings:
     guard: bool = False  # normalise ratios and step losses as GRPO-Guard does (arXiv 2510.22319)
     advantage_clip: Annotated[float, Gt(0), Le(10**6)] = 5.0  # advantages are clipped to +- this
     std_normalize: bool = True  # divide advantages by the group's standard deviation
-    global_std: bool = False  # divide by that of all the iteration's rewards instead (Flow-GRPO's SD3 recipes)
+    global_std: bool = False  # divide by that of all the iteration's rewards instead (most of Flow-GRPO's recipes)
     per_reward: bool = False  # in a sum of rewards divide each by its own deviation in the group first (GDPO)
     best_and_worst: Annotated[int, Ge(2)] | None = (
         None  # train on so many extremes of a group, half and half (None: all)
     )
     grad_clip: Annotated[float, Gt(0), Le(10**12)] = 1.0  # largest gradient norm
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay of the averaged weights, which are saved; 0 is off
-    ema_every: Annotated[int, Ge(1), Le(10**6)] = 1  # optimiser steps between two updates of the averages (Flow-GRPO 8)
+    ema_every: Annotated[int, Ge(1), Le(10**6)] = 1  # optimiser steps between two updates of the averages (Flow-GRPO: 8)
     target_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # share of the base model's variance to hold (P19)
     stop_below_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # end the run when less than this share is kept
     omega: Literal["uniform", "variance"] = "uniform"  # weights over steps of PEC and PCVAE; variance: as s_i^2
