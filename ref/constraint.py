@@ -4,11 +4,12 @@ Instead of guessing lambda, ask for a feature variance V* and let lambda find it
 is too small, and falls while it is too large. The better of two modes holds p, features are Delta apart, so
 V = Delta^2 p (1 - p); rewards differ by delta. In each iteration
 
-    lambda     += eta (V* - V),                     not below 0
+    lambda     += eta (V* - V),                     not below what makes Lambda 0
     logit p    += (r / delta) [delta + Lambda Delta^2 (1 - 2 p)],
     Lambda      = (lambda + kappa (V* - V)) / (2 h^2) (K - 2) / K,    not below 0
 
-r is the learner's speed, kappa a proportional part that damps. Both rest at
+r is the learner's speed, kappa a proportional part that damps. While Lambda is 0, V too large and falling, lambda waits:
+below it lies nothing that could be less. Both rest at
 
     p* = 1/2 + u / 2,    u = sqrt(1 - 4 V* / Delta^2),      lambda* = 2 delta h^2 / (Delta^2 u) K / (K - 2),
 
@@ -23,7 +24,8 @@ lambda* being P11's law read backwards. Near it they swing, x'' + 2 gamma x' + o
     eta, kappa    steps of lambda                                        integral, proportional
     r             logit p gained per iteration by the reward alone       speed
 
-`methods.PEC` averages over the D features: its weight is D lambda. `hold` is the rule without units.
+`methods.PEC` averages over the D features: its weight is D lambda. `hold` is the rule without units, and `estimate`,
+lambda* for two equal modes, where it starts.
 """
 
 import math
@@ -71,7 +73,7 @@ def swing(
 def hold(
     weight: float, share: float, target: float, reward_std: float, integral: float = 0.5, proportional: float = 10.0
 ) -> tuple[float, float]:
-    """One iteration of the rule, without units: (the next `weight`, PEC's weight to use now), both >= 0.
+    """One iteration of the rule, without units: (the next `weight`, PEC's weight to use now), both >= 0 if `weight` is.
 
     share       feature variance of this iteration's groups over that of the base model
     target      the share asked for
@@ -82,8 +84,14 @@ def hold(
     and targets of 0.5 to 0.95 the damping gamma / omega lies between 0.6 and 5.
     """
     lacking = (target - share) * reward_std
-    weight = max(0.0, weight + integral * lacking)
+    weight = max(weight + integral * lacking, min(weight, -proportional * lacking))
     return weight, max(0.0, weight + proportional * lacking)
+
+
+def estimate(target: float, reward_std: float, group_size: int) -> float:
+    """PEC's weight under which two modes, equal in the base model, keep `target` of its variance:
+    reward_std / (k sqrt(1 - target)), k = (K-2)/(K-1). Targets above 0.9 count as 0.9, lest there be no bound at 1."""
+    return reward_std * (group_size - 1) / (group_size - 2) / math.sqrt(1 - min(target, 0.9))
 
 
 def ceiling(group_size: int) -> float:
@@ -106,12 +114,10 @@ def ceiling(group_size: int) -> float:
 def out_of_reach(weight: float, share: float, target: float, reward_std: float, group_size: int) -> str:
     """What to say when a target is more than the policy can hold, "" as long as it may be held.
 
-    Two equal modes need w* = reward_std / (k sqrt(1 - target)), k = (K-2)/(K-1). Three times as much holds all but a
-    ninth of what they give up for it: if `share`, an average over some iterations, still lacks more than 0.02, it is
-    not weight that is missing. Targets above 0.9 count as 0.9, lest there be no bound at 1.
+    Three times the `estimate` holds all but a ninth of what two modes give up for it: if `share`, an average over some
+    iterations, still lacks more than 0.02, it is not weight that is missing.
     """
-    needed = reward_std * (group_size - 1) / (group_size - 2) / math.sqrt(1 - min(target, 0.9))
-    if weight < 3 * needed or share > target - 0.02:
+    if weight <= 3 * estimate(target, reward_std, group_size) or share > target - 0.02:
         return ""
     most = ceiling(group_size)
     caps = f"; groups of {group_size} hold {most:.2f} of two modes' at most, if advantages are std-normalised"

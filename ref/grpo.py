@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ref import metrics
-from ref.constraint import hold, out_of_reach
+from ref.constraint import estimate, hold, out_of_reach
 from ref.entropy import policy_entropy
 from ref.methods import FlowGRPO, Group, Step
 from ref.perceptual import calibrate, calibrate_kernel, perceptual_entropy
@@ -170,8 +170,9 @@ def train(
             state.kernel,
         )
         if target is not None:
-            if state.unit is None:  # the first iteration samples the base model
+            if not state.unit:  # the first iteration samples the base model; later ones count where that pays all alike
                 state.unit = method.unit(group.reward.std(1).mean().item(), settings.std_normalize)
+                state.weight = estimate(target, state.unit, settings.group_size)
             state.weight, method.weight = hold(state.weight, diversity(state), target, state.unit)
             if not unmet and (unmet := out_of_reach(state.weight, state.kept, target, state.unit, settings.group_size)):
                 warnings.warn(unmet, stacklevel=2)
