@@ -47,6 +47,7 @@ class Pipeline(Options):
     shift: Annotated[float, Gt(0), Le(100)] | None = None  # of the time grid (None: the pipeline's)
     lora_rank: Annotated[int, Ge(0), Le(4096)] = 32  # 0 trains all weights, which several processes hold in parts
     lora_alpha: Annotated[float, Gt(0), Le(10**6)] | None = None  # (None: twice the rank)
+    lora_targets: Literal["all", "attention"] = "all"  # Flow-GRPO's layers, or to_q, to_k, to_v, to_out (DanceGRPO's)
     gradient_checkpointing: bool = False  # less memory, a third more time
     tiling: bool = False  # decode in tiles
     compile_blocks: bool = False  # compile the transformer's repeated blocks: minutes at first, then faster steps

@@ -10,7 +10,7 @@ A preset is a function that builds a `Task`, and the settings and options it run
 | `sd35_medium`  | SD3.5-Medium, 512 px, LoRA r32                 | Flow-GRPO: 10 steps, CFG 4.5, noise 0.7   |
 | `flux_dev`     | FLUX.1-dev, 512 px, LoRA r64                   | Flow-GRPO: 6 steps, guidance 3.5, noise 0.9 |
 | `flux_dev_720` | FLUX.1-dev, 720 px, LoRA r128                  | the paper's author (earlier code): 16 steps, eta 0.3, shift 3, same noise, the first 60 % of the steps |
-| `flux_dance`   | FLUX.1-dev, 720 px, LoRA r128                  | DanceGRPO: the same, but 9 steps drawn at random |
+| `flux_dance`   | FLUX.1-dev, 720 px, LoRA r128 on attention     | DanceGRPO: the same, but 9 steps drawn at random |
 | `*_fast`       | `digits`, `sd35_medium` and `flux_dev` again   | the same with fewer passes, below         |
 
 **Fast twins** sample and train less, and say so: a group starts from one noise and walks as one until its window, which
@@ -30,8 +30,8 @@ nothing, half of the samples are trained on, the best and the worst.
   1e-4. Each of their samples has its own noise, and all steps. On FLUX they train the first 3 steps (ours 2 among them), for
   PickScore with each group's own deviation; on SD3 with PickScore they take 64 groups of 18.
 
-DanceGRPO's: all weights at a rate of 1e-5 and a decay of 1e-4, its LoRA script 3e-4 (ours), on four projections (ours:
-`flux.LORA_TARGETS`, all twelve) and with 12 steps. An iteration has 16 prompts and 3 optimiser steps, each on 4 members of
+DanceGRPO's: all weights at a rate of 1e-5 and a decay of 1e-4, its LoRA script 3e-4 (ours), on four projections (so
+`flux_dance`; `flux_dev_720` all twelve of `flux.LORA_TARGETS`) and with 12 steps (ours: 16). An iteration has 16 prompts and 3 optimiser steps, each on 4 members of
 every group; ours 8 and one. Steps are drawn for each sample, ours for an iteration; the last is dropped, ours deterministic.
 
 The large ones take the options of `options.Pipeline`, among them a folder in place of the model. Their micro-batch
@@ -314,7 +314,9 @@ def twin(name: str, guidance: dict | None = None, **settings) -> Preset:
 
 PRESETS |= {
     "flux_dance": replace(
-        PRESETS["flux_dev_720"], settings=replace(DANCE_GRPO, trained=9 / 16, trained_at_random=True)
+        PRESETS["flux_dev_720"],
+        settings=replace(DANCE_GRPO, trained=9 / 16, trained_at_random=True),
+        options=PRESETS["flux_dev_720"].options.model_copy(update=dict(lora_targets="attention")),
     ),
     "digits_fast": twin("digits", window=2, tail_steps=3),
     "sd35_medium_fast": twin("sd35_medium", dict(guidance_scale=1.0), window=3, tail_steps=4),

@@ -116,6 +116,8 @@ def test_presets_are_what_they_are_named_after():
         assert (own.settings.ema_every, own.settings.global_std) == (8, True)
     assert PRESETS["flux_dance"].settings.trainable_steps == 9 and PRESETS["flux_dance"].settings.trained_at_random
     assert PRESETS["flux_dev_720"].settings.trainable_steps == 10
+    targets = {name: PRESETS[name].options.lora_targets for name in LARGE}
+    assert {name for name, chosen in targets.items() if chosen == "attention"} == {"flux_dance"}
     for name in ("digits", "sd35_medium", "flux_dev"):
         base, fast = (dataclasses.asdict(PRESETS[n].settings) for n in (name, f"{name}_fast"))
         differ = {key for key in base if base[key] != fast[key]}

@@ -27,9 +27,11 @@ from ref.settings import in_one_line
 
 
 @functools.cache
-def counted(name: str, size: int, rank: int, tokens: int | None, guidance: float | None) -> tuple[int, int, int]:
+def counted(
+    name: str, size: int, rank: int, targets: str, tokens: int | None, guidance: float | None
+) -> tuple[int, int, int]:
     """FLOPs of a sample: forward, forward and backward, decode. T5 tokens and guidance: None is the model's own."""
-    model = shaped(name, size, rank)
+    model = shaped(name, size, rank, targets=targets)
     model.guidance_scale = model.guidance_scale if guidance is None else guidance
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -52,7 +54,9 @@ def on_paper(sizes: list[int]) -> Iterator[dict]:
     """
     for preset, name, size, rank in architectures(sizes):
         own, settings = PRESETS[preset].options, PRESETS[preset].settings
-        forward, both, decode = counted(name, size, rank, own.max_sequence_length, own.guidance_scale)
+        forward, both, decode = counted(
+            name, size, rank, own.lora_targets, own.max_sequence_length, own.guidance_scale
+        )
         yield {
             "preset": preset,
             "pixels": size,

@@ -34,6 +34,8 @@ from ref.scale.processes import rank
 from ref.scale.sharding import shard
 from ref.schedule import FlowSchedule, time_grid
 
+ATTENTION = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]  # of the image's stream, or of both in one
+
 
 class TextToImage(nn.Module):
     """What SD3 and FLUX have in common. Subclasses add velocity, latents and the time grid.
@@ -51,7 +53,7 @@ class TextToImage(nn.Module):
     network: str  # and of the transformer
     default_guidance: float
     default_tokens: int  # T5 tokens, the pipeline's own default
-    lora_targets: list[str]
+    lora_targets: list[str]  # by the recipe the presets are named after
 
     def __init__(
         self,
@@ -170,16 +172,20 @@ class TextToImage(nn.Module):
         """x as the VAE takes it."""
         return x
 
-    def add_lora(self, rank: int, alpha: float, seed: int = 0) -> None:
-        """Put trainable low-rank updates, float32, on `lora_targets`; they start at exactly zero."""
+    def add_lora(self, rank: int, alpha: float, seed: int = 0, targets: str = "all") -> None:
+        """Put trainable low-rank updates, float32, on `lora_targets`, or with "attention" on four of them, DanceGRPO's.
+
+        They start at exactly zero.
+        """
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        names = ATTENTION if targets == "attention" else self.lora_targets
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.transformer.add_adapter(
-                LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=self.lora_targets)
+                LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=names)
             )
         cast_training_params(self.transformer, torch.float32)
         if self.dtype != torch.float32:  # autocast decides; peft would take every activation to float32 and back

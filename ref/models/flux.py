@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ref.models.adapter import TextToImage
-from ref.models.sd3 import LORA_TARGETS as ATTENTION
+from ref.models.sd3 import LORA_TARGETS as JOINT
 
 # The projections of joint attention, and both feed-forward layers of either stream; Flow-GRPO's choice.
-LORA_TARGETS = ATTENTION + [f"{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")]
+LORA_TARGETS = JOINT + [f"{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")]
 
 
 def exact_time(module, arguments: tuple) -> tuple:

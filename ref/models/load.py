@@ -26,6 +26,7 @@ def load(
     max_sequence_length: int | None = None,
     lora_rank: int | None = 32,
     lora_alpha: float | None = None,
+    lora_targets: str = "all",
     keep_base: bool = True,
     gradient_checkpointing: bool = False,
     compile_blocks: bool = False,
@@ -46,6 +47,7 @@ def load(
     max_sequence_length     T5 tokens; None: the pipeline's own, 256 for SD3 and 512 for FLUX
     lora_rank, lora_alpha   Flow-GRPO: 32 and 64 for SD3, 64 and 128 for FLUX. rank None trains all weights, in
                             parts where there are several processes; alpha None is twice the rank
+    lora_targets            "all" of the adapter's, or "attention": four of them (`add_lora`)
     keep_base               with rank None: keep a frozen copy of the base, which a KL to it needs
     gradient_checkpointing  compute activations twice and keep one block's: less memory, a third more time
     compile_blocks          compile the transformer's repeated blocks (torch.compile): faster after a while
@@ -115,7 +117,7 @@ def load(
         if gradient_checkpointing:
             loaded.transformer.enable_gradient_checkpointing()
         if lora_rank is not None:
-            loaded.add_lora(lora_rank, lora_alpha or 2 * lora_rank, seed)
+            loaded.add_lora(lora_rank, lora_alpha or 2 * lora_rank, seed, lora_targets)
         if compile_blocks:
             loaded.compile_blocks()
     return loaded

@@ -4,13 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ref.models.adapter import TextToImage
+from ref.models.adapter import ATTENTION, TextToImage
 
-# The eight projections of joint attention, Flow-GRPO's choice.
-LORA_TARGETS = [
-    f"attn.{name}"
-    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-]
+# The eight projections of joint attention, Flow-GRPO's choice: the image's and the text's.
+LORA_TARGETS = ATTENTION + [f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
 
 
 class SD3(TextToImage):

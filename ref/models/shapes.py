@@ -40,7 +40,9 @@ def no_text(prompts: list[str]):
     raise ValueError("shapes alone know no prompts")
 
 
-def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> TextToImage:
+def shaped(
+    name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16, targets: str = "all"
+) -> TextToImage:
     """`sd35_medium` or `flux_dev` for size x size images with its LoRA, on the meta device: shapes alone.
 
     With rank 0 all weights are trained.
@@ -54,7 +56,7 @@ def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16)
         parts = transformer, vae()
     model = adapter(*parts, None, encode=no_text, size=(size, size), guidance_scale=adapter.default_guidance)
     if rank:
-        model.add_lora(rank, 2 * rank)
+        model.add_lora(rank, 2 * rank, targets=targets)
     else:
         model.transformer.requires_grad_(True)
     return model

@@ -114,6 +114,15 @@ def test_lora_round_trip_into_the_stock_pipeline(folders, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_lora_may_sit_on_four_projections_alone(folders, kind):
+    model = fresh(folders, kind, lora_targets="attention")
+    layers = {name.removeprefix("transformer.").split(".lora_")[0] for name in trainable(model)}
+    assert {name.split(".", 2)[2] for name in layers} == {f"attn.to_{p}" for p in ("q", "k", "v", "out.0")}
+    perturb(model)
+    assert all(weight.abs().max() > 0 for weight in trainable(model).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_lora_sits_on_the_layers_of_flow_grpo_and_starts_at_zero(folders, kind):
     model = fresh(folders, kind)
     layers = {name.removeprefix("transformer.").split(".lora_")[0] for name in trainable(model)}
