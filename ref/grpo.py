@@ -29,8 +29,8 @@ from torch import Tensor
 from ref import metrics
 from ref.constraint import estimate, hold, out_of_reach
 from ref.entropy import policy_entropy
-from ref.methods import FlowGRPO, Group, Step
-from ref.perceptual import calibrate, calibrate_kernel, perceptual_entropy
+from ref.methods import GARDO, FlowGRPO, Group, Step
+from ref.perceptual import perceptual_entropy
 from ref.policy import gaussian_log_prob
 from ref.sampling import Samples, ask, chunks, draw, generator_for, pick_prompts, placed, scores, trained_only
 from ref.scale.processes import Share, deal, over_processes, processes, sum_gradients
@@ -38,7 +38,7 @@ from ref.scale.stopwatch import Stopwatch
 from ref.scale.weights import in_parts, trainable, whole
 from ref.schedule import FlowSchedule
 from ref.settings import Settings
-from ref.state import State, start
+from ref.state import State, calibrate_on, start
 
 
 def advantages(
@@ -91,18 +91,6 @@ def learning_rate(settings: Settings, iteration: int) -> float:
     return settings.lr * (0.5 + 0.5 * math.cos(math.pi * iteration / settings.iterations) if falls else 1)
 
 
-def calibrate_on(state: State, prompts: list[str], encoder: Callable[[Tensor], Tensor], settings: Settings) -> None:
-    """Both bandwidths from one round of the policy's samples, to be called before anything is trained."""
-    model = state.model
-    schedule = model.schedule(settings.steps, kind=settings.kind, noise_level=settings.noise_level)
-    share = deal(settings.groups, settings.updates)
-    picked = pick_prompts(prompts, settings, 0)
-    layout = chunks(len(share.mine), settings.group_size, 1, settings.micro_batch)
-    samples = draw(model, picked, schedule, settings, share, (settings.seed, "calibrate"), layout)
-    phi = scores(encoder, samples, share, features=True)
-    state.bandwidth, state.kernel = calibrate(phi), calibrate_kernel(phi)
-
-
 def train(
     model,
     prompts: list[str],
@@ -117,16 +105,19 @@ def train(
     reward(images, prompts) -> [B] and encoder(images) -> [B, D] must not depend on the batch they are
     called with. Raises ValueError in one line where either returns something else (`sampling.ask`).
     """
-    if settings.group_size == 2 and method.space in ("perceptual", "kernel"):
-        warnings.warn("the two members of a group lie equally far from their mean: with group_size 2 an entropy of "
-                      "features does nothing (proofs/P09); take 3 or more", stacklevel=2)  # fmt: skip
+    if settings.group_size == 2 and (method.space in ("perceptual", "kernel") or isinstance(method, GARDO)):
+        warnings.warn("the two members of a group lie equally far from their mean and from each other: with group_size 2 an "
+                      "entropy of features, or a nearest neighbour, does nothing (proofs/P09); take 3 or more", stacklevel=2)  # fmt: skip
+    if settings.best_and_worst and not skips(method, trainable(model)):
+        warnings.warn(f"best_and_worst saves no pass here: the loss of {type(method).__name__} has a term for every sample, or the "
+                      "weights are held in parts; leave it out", stacklevel=2)  # fmt: skip
+    if settings.same_noise and settings.window and (settings.target_diversity or settings.stop_below_diversity):
+        warnings.warn("with same_noise and a window diversity is that of samples from one start, as a share of the base model's; "
+                      "independent samples keep less: ask for more, or leave same_noise out", stacklevel=2)  # fmt: skip
     if settings.target_diversity is not None:
         refuse_target(method)
     if settings.per_reward and not hasattr(reward, "weights"):
         raise ValueError("per_reward needs a sum of rewards, as in pickscore:0.7+ocr:0.3")
-    if settings.same_noise and settings.window and (settings.target_diversity or settings.stop_below_diversity):
-        warnings.warn("with same_noise a group's spread depends on where the window lies, and so does what is called its "
-                      "diversity here: a target or a stop means little; leave same_noise out", stacklevel=2)  # fmt: skip
     if settings.ema and settings.ema_every > settings.iterations * settings.updates:
         warnings.warn(f"this run has {settings.iterations * settings.updates} optimiser steps and ema_every is {settings.ema_every}: the averages, which are "
                       "saved, stay the base model's weights; give --ema 0 or --ema-every 1", stacklevel=2)  # fmt: skip
@@ -158,22 +149,23 @@ def train(
         lap("reward")
         state.features = scores(encoder, samples, share, features=True)
         lap("features")
+        h, kernel = state.bandwidths(schedule)
 
         log_prob = samples.trajectory.log_prob.T.unflatten(0, (len(share.mine), -1))
         group = Group(
             decoupled(terms, said) if settings.per_reward else state.reward,
             state.features,
-            state.bandwidth,
+            h,
             share.gather(log_prob),
             step_weights(schedule, settings.omega, samples.trajectory.steps).to(state.reward),
             generator_for(settings.seed, state.iteration, "select"),
-            state.kernel,
+            kernel,
         )
         if target is not None:
             if not state.unit:  # the first iteration samples the base model; later ones count where that pays all alike
                 state.unit = method.unit(group.reward.std(1).mean().item(), settings.std_normalize)
                 state.weight = estimate(target, state.unit, settings.group_size)
-            state.weight, method.weight = hold(state.weight, diversity(state), target, state.unit)
+            state.weight, method.weight = hold(state.weight, diversity(group), target, state.unit)
             if not unmet and (unmet := out_of_reach(state.weight, state.kept, target, state.unit, settings.group_size)):
                 warnings.warn(unmet, stacklevel=2)
         shaped, over = method.shape(group), (0, 1) if settings.global_std else 1
@@ -214,6 +206,11 @@ def collapsed(state: State, settings: Settings) -> bool:
     return state.kept < (settings.stop_below_diversity or 0)
 
 
+def skips(method: FlowGRPO, weights: dict[str, Tensor]) -> bool:
+    """Whether samples without advantage are left out; not with weights in parts: all processes make equally many passes."""
+    return method.skips and not any(map(in_parts, weights.values()))
+
+
 def update(
     model,
     method: FlowGRPO,
@@ -227,12 +224,13 @@ def update(
 ) -> dict[str, float]:
     """One optimiser step on the samples listed in `part`; advantage and pair are [B, S].
 
-    Samples whose advantages are all exactly 0 are left out where the loss allows it (and weights are not in parts, whose
-    processes must make equally many passes); the mean is still over all of them.
+    Samples whose advantages are all exactly 0 are left out where the loss allows it; the mean is still over all of them.
+    Returned are ratio_error, the largest |ratio - 1| of the samples passed through, and clip_fraction, how many of their
+    pairs are beyond the clip, as a share of all pairs: of those left out neither knows.
     """
     trajectory, weights = samples.trajectory, trainable(model)
     total = sum(map(len, part)) * len(trajectory.steps) * processes()
-    if method.skips and not any(map(in_parts, weights.values())):
+    if skips(method, weights):
         part = trained_only(part, advantage.any(1))
     state.optimizer.zero_grad(set_to_none=True)
     device = next(iter(samples.conditioning.values())).device
@@ -281,10 +279,10 @@ def update(
     }
 
 
-def diversity(state: State) -> float:
+def diversity(group: Group) -> float:
     """The groups' feature variance as a share of the base model's, by which the bandwidth was calibrated."""
-    K, D = state.features.shape[1:]
-    return metrics.feature_variance(state.features).mean().item() / (D * state.bandwidth**2 * K / (K - 1))
+    K, D = group.features.shape[1:]
+    return metrics.feature_variance(group.features).mean().item() / (D * group.bandwidth**2 * K / (K - 1))
 
 
 @torch.no_grad()
@@ -313,7 +311,7 @@ def measure(state: State, group: Group, full: FlowSchedule, share: Share) -> dic
         "policy_entropy_mc": expected + missed,
         "perceptual_entropy": perceptual_entropy(state.features, state.bandwidth, "mean").mean().item(),
         "feature_variance": metrics.feature_variance(state.features).mean().item(),
-        "diversity": diversity(state),
+        "diversity": diversity(group),
         "pairwise_distance": metrics.mean_pairwise_distance(state.features).mean().item(),
         "vae_variance": variance(samples.latents),
         "pixel_variance": variance(samples.images),

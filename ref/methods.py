@@ -139,7 +139,11 @@ class FlowGRPO:
         return torch.ones_like(advantages)
 
     def pair_loss(self, step: Step) -> Float[Tensor, " B"]:
-        """The clipped policy gradient of every pair; under GRPO-Guard divided by dt, for steps that pull alike."""
+        """The clipped policy gradient of every pair; under GRPO-Guard divided by dt, for steps that pull alike.
+
+        So is every term that is a policy gradient. KLs, and naive KL's, keep their size as in GRPO-Guard's code: where the
+        policy's first gradient becomes s / dt times as large, theirs stays, and a weight of theirs counts dt / s as much.
+        """
         clipped = step.ratio.clamp(self.low, self.high)
         return -torch.minimum(step.ratio * step.advantage, clipped * step.advantage) / (step.guard or 1)
 
@@ -201,7 +205,7 @@ class EntropyReg(FlowGRPO):
         return log_prob.mean(1, keepdim=True) - log_prob
 
     def loss(self, step: Step) -> Float[Tensor, ""]:
-        return super().loss(step) - self.weight * (step.ratio * step.pair).mean()
+        return super().loss(step) - self.weight * (step.ratio * step.pair).mean() / (step.guard or 1)
 
 
 def covariance(log_prob: Float[Tensor, "G K S"], advantages: Float[Tensor, "G K S"]) -> Float[Tensor, "G K S"]:

@@ -41,11 +41,17 @@ def pick_prompts(prompts: list[str], settings: Settings, iteration: int) -> list
     return picked
 
 
+def windowed(full: FlowSchedule, settings: Settings, place: int) -> FlowSchedule:
+    """`full` with its window at a step, and the tail after it."""
+    schedule = full.windowed(place, settings.window)
+    return schedule.tailed(settings.tail_steps) if settings.tail_steps else schedule
+
+
 def placed(full: FlowSchedule, settings: Settings, iteration: int) -> FlowSchedule:
     """The schedule of an iteration: its window, one for all groups, and the tail after it. `full` where there is none."""
     if settings.window is None:
         return full
-    places, stay = settings.trainable_steps - settings.window + 1, settings.window_stay
+    places, stay = settings.places, settings.window_stay
     if settings.window_moves == "random":
         place = int(torch.randint(places, (), generator=generator_for(settings.seed, iteration, "window")))
     else:  # MixGRPO, arXiv 2507.21802: sliding, or with stays that shrink past the middle; then from the start again
@@ -53,8 +59,7 @@ def placed(full: FlowSchedule, settings: Settings, iteration: int) -> FlowSchedu
         late = [max(0.0, place - settings.steps / 2) for place in range(places)]
         stays = [max(1, round(stay * math.exp(-shrink * steps))) for steps in late]
         place = [place for place, n in enumerate(stays) for _ in range(n)][iteration % sum(stays)]
-    schedule = full.windowed(place, settings.window)
-    return schedule.tailed(settings.tail_steps) if settings.tail_steps else schedule
+    return windowed(full, settings, place)
 
 
 def chunks(groups: int, group_size: int, updates: int, micro_batch: int) -> list[list[Tensor]]:

@@ -133,3 +133,8 @@ class Settings:
     def trainable_steps(self) -> int:
         """How many steps are trained, or among how many a window lies: the last is deterministic."""
         return min(math.ceil(self.trained * self.steps), self.steps - 1)
+
+    @property
+    def places(self) -> int:
+        """At how many steps a window may begin, 0 where there is none."""
+        return self.trainable_steps - self.window + 1 if self.window else 0

@@ -14,6 +14,7 @@ from ref.grpo import start
 from ref.grpo import train as iterate
 from ref.methods import METHODS
 from ref.presets import PRESETS
+from ref.scale import checkpoint
 from ref.settings import Settings
 from ref.worlds.mixture import GaussianMixture, MixtureFlow, tilted
 
@@ -62,12 +63,13 @@ def test_lambda_starts_where_two_modes_would_rest_as_soon_as_the_reward_tells_th
 
 
 @pytest.mark.claim("P19")
-def test_a_target_is_reported_and_resumed_to_the_bit(tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--same-noise", "--window", "1"]], ids=["", "from one start"])
+def test_a_target_is_reported_and_resumed_to_the_bit(more, tmp_path, capsys):
     """Six iterations at once against three and three; by the ODE a share of the base model's, by the SDE the history's."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert exit_code(train.main, [*HELD, "--iterations", "6", "--output-dir", whole]) == 0
+    assert exit_code(train.main, [*HELD, *more, "--iterations", "6", "--output-dir", whole]) == 0
     said = capsys.readouterr().out
-    assert exit_code(train.main, [*HELD, "--iterations", "3", "--output-dir", parts]) == 0
+    assert exit_code(train.main, [*HELD, *more, "--iterations", "3", "--output-dir", parts]) == 0
     assert exit_code(train.main, ["--output-dir", parts, "--resume", "--iterations", "6"]) == 0
     assert same(saved(whole, "metrics.json"), saved(parts, "metrics.json"))
     evaluation, last = saved(whole, "evaluation.json"), saved(whole, "metrics.json")[-1]
@@ -78,6 +80,11 @@ def test_a_target_is_reported_and_resumed_to_the_bit(tmp_path, capsys):
     gap = final["diversity"] - final["diversity_sde"]
     assert f"3.0 was asked for: {final['diversity']:.3f} by the ODE, {last['diversity']:.3f} by the SDE" in said
     assert f"a gap of {gap:+.3f} between the samplers" in said
+    if more:  # a checkpoint of before there were bandwidths for each place goes on with the one it has
+        [newest, _] = checkpoint.checkpoints(parts)
+        checkpoint.save(parts, {k: v for k, v in checkpoint.read(newest).items() if k != "places"})
+        assert exit_code(train.main, ["--output-dir", parts, "--resume", "--iterations", "7"]) == 0
+        assert checkpoint.load_latest(parts)["places"] is None
 
 
 @pytest.mark.parametrize(

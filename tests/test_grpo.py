@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import time
 import warnings
 from collections import Counter
@@ -12,10 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ref.grpo import advantages, extremes, learning_rate, start, step_weights, train
-from ref.methods import METHODS, FlowGRPO
+from ref.methods import METHODS, PEC, FlowGRPO
+from ref.metrics import feature_variance
 from ref.models import tiny
 from ref.models.load import load
 from ref.policy import gaussian_log_prob
+from ref.presets import PRESETS
 from ref.sampling import pick_prompts, sample
 from ref.scale.weights import trainable
 from ref.schedule import FlowSchedule, time_grid
@@ -450,7 +453,53 @@ def test_averages_that_would_stay_the_base_model_are_warned_of():
         run(settings=dataclasses.replace(short, ema_every=3))
 
 
-def test_a_target_beside_a_shared_start_and_a_window_is_warned_of():
-    settings = dataclasses.replace(SMALL, iterations=1, same_noise=True, window=1, target_diversity=0.8)
-    with pytest.warns(UserWarning, match="depends on where the window lies"):
+@pytest.mark.parametrize("bound", ["target_diversity", "stop_below_diversity"])
+def test_a_bound_beside_a_shared_start_and_a_window_is_warned_of(bound):
+    settings = dataclasses.replace(SMALL, iterations=1, same_noise=True, window=1, **{bound: 0.8})
+    with pytest.warns(UserWarning, match="independent samples keep less"):
         run("pec", settings)
+
+
+def test_the_base_model_has_all_of_its_diversity_wherever_the_window_lies():
+    """Groups from one start, three iterations at each place, nothing learned: a share of 1, lambda's unit, at every one.
+
+    Tolerance: 5.3 standard errors (1e-7) of the mean of 3 x 256 groups over that of the 256 that calibrated, from the spread of
+    the groups. By the full schedule's bandwidth the shares would be 0.9, 0.75, 0.6 and 0.4.
+    """
+    task = PRESETS["mixture"].task()
+    settings = Settings(
+        iterations=12, groups=256, group_size=6, updates=1, steps=10, same_noise=True, trained=0.5, window=2, tail_steps=3,
+        window_moves="sliding", window_stay=3, lr=1e-12,
+    )  # fmt: skip
+    shares, groups, bonus = {}, {}, []
+    loop = train(task.model, task.prompts, lambda x, prompts: 0 * x[:, 0], task.encoder, Noted(bonus), settings)
+    for state in loop:
+        place = state.samples.trajectory.steps[0]
+        shares.setdefault(place, []).append(state.metrics["diversity"])
+        groups.setdefault(place, []).append(feature_variance(state.features))
+    assert list(shares) == [0, 1, 2, 3]
+    for place, own in shares.items():
+        v = torch.cat(groups[place])
+        error = (v.std() / v.mean() * (1 / len(v) + 1 / settings.groups) ** 0.5).item()
+        assert abs(np.mean(own) - 1) < 5.3 * error < 0.35
+        paid = np.mean(bonus[3 * place : 3 * place + 3])  # half a base variance on average, less what K takes of it
+        assert paid == pytest.approx(np.mean(own) / 2, rel=1e-4)
+
+
+class Noted(PEC):
+    """PEC of weight 1 that notes the mean bonus of each iteration, but for its constant."""
+
+    def __init__(self, bonus):
+        super().__init__(1.0)
+        self.bonus = bonus
+
+    def shape(self, group):
+        D, h = group.features.shape[2], group.bandwidth
+        self.bonus.append((super().shape(group).mean() - math.log(2 * math.pi * h**2) / 2).item())
+        return super().shape(group)
+
+
+@pytest.mark.parametrize("method, warned", [("pec", 0), ("gardo", 0), ("entropy_reg", 1), ("naive_kl", 1)])
+def test_best_and_worst_that_save_nothing_are_warned_of(method, warned, recwarn):
+    run(method, dataclasses.replace(SMALL, iterations=1, best_and_worst=2))
+    assert sum("saves no pass here" in str(w.message) for w in recwarn) == warned

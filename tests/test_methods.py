@@ -311,3 +311,18 @@ def test_a_guarded_ratio_is_unbiased_and_knows_no_scale(rng):
         plain = dataclasses.replace(step, guard=None)
         torch.testing.assert_close(plain.ratio.log(), 0.1 * (eps * drift).mean(1) - 0.005 * drift.square().mean(1))
         torch.testing.assert_close(METHODS["flow_grpo"](clip=10.0).pair_loss(step), -step.ratio / 0.5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_guard_scales_every_policy_gradient_alike_and_no_kl(name):
+    """At the first update, where the mean is the old one: s / dt times the plain gradient, but for a KL's own or naive KL's."""
+    method, plain, dt = METHODS[name](0.4 if METHODS[name].largest_weight else None, clip=CLIP), METHODS["flow_grpo"](), 0.1
+
+    def of(method, guard):
+        return gradient(lambda theta: method.loss(dataclasses.replace(a_step(theta), guard=guard)), (0.0, 0.0, 0.0))
+
+    scale, own = 0.5 / dt, torch.zeros(3, dtype=torch.float64)
+    if name in ("flow_grpo_kl", "naive_kl"):
+        own = of(method, None) - of(plain, None)
+        assert own.abs().max() > 0.01
+    torch.testing.assert_close(of(method, dt), scale * (of(method, None) - own) + own, rtol=1e-10, atol=1e-12)

@@ -79,14 +79,15 @@ def iteration(task: Task, encode: Callable, method: FlowGRPO, settings: Settings
         batches.append((rows, condition, path))
 
     old = torch.cat([path.log_prob[: len(steps)].T for _, _, path in batches]).cpu()
+    h, kernel = state.bandwidths(schedule)
     group = Group(
         torch.cat(reward).unflatten(0, (-1, K)).cpu(),
         torch.cat(features).unflatten(0, (-1, K)).cpu(),
-        state.bandwidth,
+        h,
         old.unflatten(0, (-1, K)),
         step_weights(schedule, settings.omega, steps),
         generator_for(settings.seed, state.iteration, "select"),
-        state.kernel,
+        kernel,
     )
     over = (0, 1) if settings.global_std else 1
     advantage = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize, over)

@@ -111,7 +111,7 @@ def test_an_unfrozen_network_costs_no_gradient_and_trains_the_policy_only():
     assert any(not torch.equal(a, b) for a, b in zip(before, trainable(model).values()))
 
 
-@pytest.mark.parametrize("method, space, warned", [("pec", None, True), ("pcvae", "kernel", True), ("entropy_reg", "perceptual", True), ("pec", "latent", False), ("flow_grpo", None, False)])  # fmt: skip
+@pytest.mark.parametrize("method, space, warned", [("pec", None, True), ("pcvae", "kernel", True), ("entropy_reg", "perceptual", True), ("gardo", None, True), ("pec", "latent", False), ("flow_grpo", None, False)])  # fmt: skip
 def test_a_group_of_two_is_warned_of_where_the_bonus_is_dead(method, space, warned, recwarn):
     model, settings = MixtureFlow(ring(3)), Settings(**{**vars(SMALL), "group_size": 2})
     reward = lambda images, prompts: images[:, 0]  # noqa: E731

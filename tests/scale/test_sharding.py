@@ -17,8 +17,11 @@ from ref.models import tiny
 from ref.models.load import load
 from ref.options import Pipeline
 from ref.presets import PRESETS
+from ref.sampling import pick_prompts
 from ref.scale import checkpoint
 from ref.scale.processes import rank
+from ref.scale.weights import trainable
+from ref.settings import Settings
 from ref.train import run
 
 from .tools import PROMPTS, gradients, launch, order_of_sums
@@ -59,6 +62,21 @@ def on_a_gpu(world: Path):
     return next(train(task.model, task.prompts, task.reward, task.encoder, METHODS["flow_grpo_kl"](), settings, state))
 
 
+def from_one_start(same_noise: bool = True) -> tuple[torch.Tensor, dict]:
+    """The mixture's first gradient, groups walking as one until their window, the last two of four groups flat; and metrics.
+
+    Two groups of four walk at once however many processes there are, as two samples of a micro-batch: the same shapes.
+    """
+    task, prompts = PRESETS["mixture"].task(), list("abcd")
+    settings = Settings(groups=4, group_size=4, updates=1, micro_batch=2, steps=6, window=2, same_noise=same_noise, seed=1,
+                        grad_clip=1e9, iterations=1)  # fmt: skip
+    told_apart = pick_prompts(prompts, settings, 0)[:2]
+    reward = lambda x, asked: x[:, 0] * torch.tensor([float(p in told_apart) for p in asked])  # noqa: E731
+    state = next(train(task.model, prompts, reward, task.encoder, METHODS["gardo"](clip=0.1), settings))
+    assert state.samples.trajectory.steps[0] > 0  # what is walked together
+    return torch.cat([w.grad.flatten() for w in trainable(task.model).values()]), state.metrics
+
+
 def share_of(tensors) -> float:
     """How much of the tensors this process holds."""
     tensors = list(tensors)
@@ -75,6 +93,8 @@ def in_parts(world: Path) -> None:
             shutil.copy(world / "two" / file, world / "half" / file)
     torch.distributed.barrier()
     fine_tune(world, "half", resume=True)
+    gradient, metrics = from_one_start()
+    torch.save((gradient, metrics), world / f"mixture-{rank()}.pt")
     state = on_a_gpu(world)
     trained, moments = state.model.transformer, state.optimizer.state.values()
     held = {
@@ -148,6 +168,16 @@ def test_full_fine_tuning_in_parts_is_that_of_one_process(tmp_path):
     stock = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "sd3", transformer=transformer)
     for name, weight in stock.transformer.named_parameters():
         assert torch.equal(weight, whole["ema"][f"transformer.{name}"])
+
+    # groups from one start, and a process of which no sample is trained on
+    (expected, mine), (other, _) = from_one_start(), from_one_start(same_noise=False)
+    tolerance = order_of_sums(4 * 2, expected.abs().max().item())  # trained micro-batches x steps
+    for n in range(2):
+        found, theirs = torch.load(tmp_path / f"mixture-{n}.pt", weights_only=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        assert (found - other).abs().max() > 1e3 * tolerance
+        for name in ("reward", "feature_variance", "diversity", "ratio_error", "clip_fraction"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-6)
 
     for n in range(2):
         held = json.loads((tmp_path / f"held-{n}.json").read_text())
