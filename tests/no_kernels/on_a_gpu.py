@@ -1,9 +1,10 @@
-"""What the tests run on the GPU without kernels, in a process of its own: python -m tests.no_kernels.on_a_gpu WORLD PART.
+"""What the tests run on the GPU without kernels, in a process of its own: python -m tests.no_kernels.on_a_gpu WORLD PART ...
 
-Prints what it found as JSON on its last line. WORLD is the fixture of that name. Numbers mean nothing here.
+Prints what each part found as JSON on its last line. WORLD is the fixture of that name. Numbers mean nothing here.
 """
 
 import ctypes
+import gc
 import json
 import linecache
 import os
@@ -12,12 +13,15 @@ import tempfile
 import warnings
 from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ref import evaluate, grpo, sampling
+from ref.benchmark.memory import conditioning_of
 from ref.methods import METHODS
 from ref.models.shapes import shaped
 from ref.presets import LARGE, PRESETS
@@ -105,6 +109,7 @@ def loop(world: Path) -> dict:
     for kind, preset in PRESET.items():
         settings = replace(PRESETS[preset].settings, **LARGE_SETTINGS | dict(iterations=1, group_size=3, ema_every=1))
         task = PRESETS[preset].task(f"pickscore={world / 'clip'}", pipeline(world, kind))
+        gc.collect(), gc.freeze()  # the trials' collections look at what is made from here on, not at all of torch
         own, here = found.setdefault(kind, {}), task.model
         own |= same_operators(task)
         own["devices"] = sorted({p.device.type for p in here.parameters()} | {p.device.type for p in task.encoder.parameters()})
@@ -210,46 +215,45 @@ def whole(world: Path) -> dict:
 
 def ranks(world: Path) -> dict:
     """One of two processes, each with a GPU; gloo stands in for NCCL, whose library needs a real one."""
-    join = torch.distributed.init_process_group
+    join, found = torch.distributed.init_process_group, {}
     asked = []
     torch.distributed.init_process_group = lambda backend=None, **k: (asked.append(backend), join("gloo", **k))[1]
-    folder = Path(os.environ["FOLDER"])
-    settings = replace(PRESETS["flux_dev"].settings, **LARGE_SETTINGS | dict(iterations=1))
-    given = dict(encoder=f"pickscore={world / 'clip'}", options=pipeline(world, "flux"), progress=False)
-    preset = os.environ["WHAT"]
-    if preset == "mixture":
-        given, settings = dict(progress=False), replace(PRESETS["mixture"].settings, iterations=1)
-    result = run(preset, "pec", folder / preset, settings=settings, **given)
-    return {"backend": asked, "device": torch.cuda.current_device(), "iterations": len(result["history"])}
+    folder, large = Path(os.environ["FOLDER"]), PRESETS["flux_dev"].settings
+    options = dict(encoder=f"pickscore={world / 'clip'}", options=pipeline(world, "flux"))
+    for preset, settings, given, port in (
+        ("mixture", PRESETS["mixture"].settings, {}, "MASTER_PORT"),
+        ("flux_dev", replace(large, **LARGE_SETTINGS), options, "NEXT_PORT"),
+    ):
+        os.environ["MASTER_PORT"] = os.environ[port]
+        result = run(preset, "pec", folder / preset, settings=replace(settings, iterations=1), progress=False, **given)
+        found[preset] = dict(backend=asked[-1], device=torch.cuda.current_device(), iterations=len(result["history"]))
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return found | {"joined": len(asked)}
 
 
 def full_size(world: Path) -> dict:
     """GiB that torch's allocator reserves for the variants of --memory: empty weights, moments, averages, gradients,
-    PickScore's 3.7 GiB, one update's pass and the decoding of its batch."""
+    PickScore's 3.7 GiB, and one update's pass. What the VAE takes to decode is not in it."""
     found = {}
     torch.backends.cuda.enable_cudnn_sdp(False)
-    for name in LARGE:
-        preset = PRESETS[name]
-        for memory, change in preset.variants.items():
-            options, settings = preset.within(memory, preset.options, preset.settings)
-            key = (options.model, options.height, options.lora_rank, options.max_sequence_length, settings.micro_batch,
-                   options.gradient_checkpointing, options.guidance_scale)  # fmt: skip
-            found.setdefault(str(key), {"presets": []})["presets"].append(f"{name} {memory}")
-            if "reserved" not in found[str(key)]:
-                found[str(key)]["reserved"] = reserved(options, settings) / GIB
-                found[str(key)]["memory"] = memory
+    variants = [(name, memory, *PRESETS[name].within(memory, PRESETS[name].options, PRESETS[name].settings))
+                for name in LARGE for memory in PRESETS[name].variants]  # fmt: skip
+    shape = lambda variant: (variant[2].model, variant[2].height, variant[2].lora_rank)  # noqa: E731
+    for of_one_shape, alike in groupby(sorted(variants, key=shape), shape):
+        model = shaped(*of_one_shape).to_empty(device="cuda")
+        for name, memory, options, settings in alike:
+            found[f"{name} {memory}"] = dict(reserved=reserved(model, options, settings) / GIB, memory=memory)
+        del model
+        gc.collect()
     return found
 
 
-def reserved(options, settings) -> int:
-    from ref.benchmark.memory import conditioning_of
-
-    model = shaped(options.model, options.height, options.lora_rank).to_empty(device="cuda")
+def reserved(model, options, settings) -> int:
     model.guidance_scale = model.default_guidance if options.guidance_scale is None else options.guidance_scale
-    model.decode_batch = options.decode_batch
-    if options.gradient_checkpointing:
-        model.transformer.enable_gradient_checkpointing()
-    weights = trainable(model).values()
+    checkpointing = "enable" if options.gradient_checkpointing else "disable"
+    getattr(model.transformer, f"{checkpointing}_gradient_checkpointing")()
+    weights = list(trainable(model).values())
     held = [torch.empty_like(w) for w in weights for _ in range(2 + bool(settings.ema))]
     held.append(torch.empty(int(3.7 * GIB), dtype=torch.uint8, device="cuda"))
     for weight in weights:
@@ -261,13 +265,15 @@ def reserved(options, settings) -> int:
         conditioning, x = conditioning_of(model, n, options.max_sequence_length), torch.empty(n, *model.latent_shape)
     model.velocity(x, torch.tensor(0.5), conditioning).sum().backward()
     peak = torch.cuda.max_memory_reserved()
-    del model, held, weights, weight, conditioning, x
+    for weight in weights:
+        weight.grad = None
+    del held, conditioning, x
     torch.cuda.empty_cache()
     return peak
 
 
 if __name__ == "__main__":
     torch.backends.cudnn.enabled = False  # its library wants a real GPU
-    found = globals()[sys.argv[2]](Path(sys.argv[1]))
+    found = {part: globals()[part](Path(sys.argv[1])) for part in sys.argv[2:]}
     print("\n" + json.dumps(found), flush=True)
     os._exit(0)
