@@ -26,7 +26,7 @@ from ref.methods import METHODS
 from ref.models.shapes import shaped
 from ref.presets import LARGE, PRESETS
 from ref.scale.memory import OutOfMemory, out_of_memory
-from ref.scale.microbatch import fits, fitted
+from ref.scale.microbatch import fits, fitted, largest
 from ref.scale.weights import trainable
 from ref.train import run
 
@@ -175,8 +175,14 @@ def trial(task, settings) -> dict:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         limit(GPU.gpu_used() + 5 * GIB)
-        results = [fits(model, conditioning, n) for n in (1, 2**17, 1, 2**16, 1)]
-        after, micro_batch = torch.cuda.memory_allocated(), fitted(model, task.prompts, wide).micro_batch
+        trials = {True: [], False: []}  # by whether they fit: what is allocated after each; some end on the way back
+
+        def tried(n, trials=trials):
+            enough = fits(model, conditioning, n)
+            trials[enough].append(torch.cuda.memory_allocated())
+            return enough
+
+        found_by_trial, micro_batch = largest(tried, 2**17), fitted(model, task.prompts, wide).micro_batch
         limit(GPU.gpu_used() + 2 * 2**20)
         try:
             fitted(model, task.prompts, wide)
@@ -184,7 +190,8 @@ def trial(task, settings) -> dict:
         except OutOfMemory as error:
             said = str(error)
         limit(ALL)
-        found[str(checkpointing)] = dict(before=before, after=after, fits=results, micro_batch=micro_batch, said=said)
+        found[str(checkpointing)] = dict(before=before, fit=trials[True], failed=trials[False], largest=found_by_trial,
+                                         micro_batch=micro_batch, said=said)  # fmt: skip
     model.transformer.disable_gradient_checkpointing()
     return found
 
