@@ -6,7 +6,8 @@
 Two iterations of Flow-GRPO with one group of two micro-batches, those of `--memory` for this card; the second is reported:
 the largest distance of the first update's ratios from 1, which must be 0, peak memory beside the table of presets.py, seconds
 of each phase, and the share of the rate of a large matrix product that the transformer's FLOPs make of rollout and update.
-Reward and phi are sums of pixels, so PickScore's 3.7 GiB and its time come on top. Exit code 1 where a ratio is not 1.
+Reward and phi are sums of pixels, so PickScore's 3.7 GiB and its time come on top. Exit code 1 where a ratio is not 1
+or memory ends; what has been measured by then is printed and written.
 """
 
 import sys
@@ -27,7 +28,9 @@ from ref.models.shapes import shaped
 from ref.options import Options, Pipeline, command, read
 from ref.presets import LARGE, PRESETS
 from ref.scale.directory import write_json
-from ref.scale.memory import forget
+from ref.scale.memory import OutOfMemory, forget, out_of_memory
+from ref.scale.paths import refuse_unwritable
+from ref.scale.signals import interruptible
 from ref.settings import Settings, in_one_line
 
 PROMPTS = ["a red fox in the snow", "two tall ships"]
@@ -39,7 +42,7 @@ class OnAGPU(Options):
 
     presets: Positional[list[str]] = Field(default_factory=list)  # (none: sd35_medium, flux_dev and flux_dev_720)
     model: Path | None = None  # a small pipeline's folder in its place, with 64-pixel images: a rehearsal
-    json_file: Annotated[Path | None, arg(name="json")] = None  # write all numbers here
+    json_file: Annotated[Path | None, arg(name="json")] = None  # write all numbers here, after each preset
 
 
 def fitting(name: str, device: torch.device) -> tuple[Pipeline, Settings] | None:
@@ -50,7 +53,7 @@ def fitting(name: str, device: torch.device) -> tuple[Pipeline, Settings] | None
     if not held:
         return None
     options, settings = preset.within(max(held), preset.options, preset.settings)
-    size = dict(groups=1, updates=1, group_size=max(2, 2 * settings.micro_batch), iterations=2, best_and_worst=None)
+    size = dict(groups=1, updates=1, group_size=max(2, 2 * settings.micro_batch), iterations=2, best_and_worst=None, ema_every=1)
     return options, replace(settings, **size)
 
 
@@ -108,6 +111,8 @@ def measure_as_asked(arguments: list[str] | None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not given.model:
         raise ValueError("there is no GPU; rehearse with --model FOLDER (python -m ref.models.tiny makes some)")
+    if given.json_file:
+        refuse_unwritable(given.json_file, "--json")
     rows = {}
     print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", flush=True)
     for name in given.presets or ["sd35_medium", "flux_dev", "flux_dev_720"]:
@@ -116,23 +121,28 @@ def measure_as_asked(arguments: list[str] | None) -> None:
             print(f"{name}: no variant for this card's memory", flush=True)
             continue
         options, settings = found
-        if given.model:
-            settings = replace(settings, group_size=4, micro_batch=2)
-            model = load(given.model, PROMPTS, 64, 64, device=device, max_sequence_length=16, lora_rank=4)
-        else:
-            model = random(options, device)
-        rows[name] = measured(model, settings, device)
-        print(report(name, settings, rows[name]), flush=True)
-        del model
+        try:
+            with out_of_memory(f"with micro-batch {settings.micro_batch}", "the table of presets.py asks too much here"):
+                if given.model:
+                    settings = replace(settings, group_size=4, micro_batch=2)
+                    model = load(given.model, PROMPTS, 64, 64, device=device, max_sequence_length=16, lora_rank=4)
+                else:
+                    model = random(options, device)
+                rows[name] = measured(model, settings, device)
+            print(report(name, settings, rows[name]), flush=True)
+        except OutOfMemory as error:
+            rows[name] = {"error": str(error)}
+            print(f"{name}: {error}", flush=True)
+        model = None
         forget(device)
-    if given.json_file:
-        write_json(given.json_file, rows)
-    if off := [name for name, row in rows.items() if row["ratio_error"]]:
-        raise SystemExit(f"error: the first update's ratio is not 1 with {', '.join(off)}")
+        if given.json_file:
+            write_json(given.json_file, rows)
+    if off := [name for name, row in rows.items() if row.get("ratio_error", True)]:
+        raise SystemExit(f"error: no first update with ratio 1 with {', '.join(off)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command(measure_as_asked, arguments)
+    return interruptible(command, measure_as_asked, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes are one: launched for real, on the CPU with gloo, on a tiny SD3 of the real classes."""
+"""Two processes are one, on one machine or on two: launched for real, on the CPU with gloo, on a tiny SD3 of the real classes."""
 
 import json
 
@@ -15,7 +15,10 @@ from .tools import PROMPTS, gradients, launch, order_of_sums
 
 
 def test_two_processes_give_one_process_s_gradients_metrics_and_evaluation(tmp_path):
-    """Clip-Cov, whose choice is over the whole batch; three evaluation prompts for two processes; resume on one."""
+    """Clip-Cov, whose choice is over the whole batch; three evaluation prompts for two processes; resume on one.
+
+    The two are launched as README has it for two machines, each in a folder of its own; --output-dir is common.
+    """
     tiny.sd3(tmp_path / "sd3")
     tiny.clip(tmp_path / "clip")
     (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
@@ -34,9 +37,13 @@ def test_two_processes_give_one_process_s_gradients_metrics_and_evaluation(tmp_p
 
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
     assert main([*command, "--iterations", "2", "--output-dir", str(one)]) == 0
-    process = launch(["-m", "ref.train", *command, "--iterations", "2", "--output-dir", str(two)])
+    machines = tmp_path / "first", tmp_path / "second"
+    for folder in machines:
+        folder.mkdir()
+    process = launch(["-m", "ref.train", *command, "--iterations", "2", "--output-dir", str(two)], machines)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("results in") == 1  # one of them speaks
+    assert not any(any(folder.iterdir()) for folder in machines)
 
     expected, found = gradients(one), gradients(two)
     tolerance = order_of_sums(4 * 2, expected.abs().max().item())  # micro-batches x trained steps

@@ -1,6 +1,7 @@
 """What the tests with two processes share."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +13,27 @@ from ..tools import ROOT
 PROMPTS = ["a cat on a mat", "two red apples", 'a sign that says "hello"', "a boat at sea"]
 
 
-def launch(arguments: list[str]) -> subprocess.CompletedProcess:
-    """`accelerate launch` with two processes. Its --cpu would start only one, so it is told --multi_gpu."""
-    launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--dynamo_backend", "no", "--main_process_port",
-         "0", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def launch(arguments: list[str], folders: tuple[Path | None, ...] = (None,)) -> subprocess.CompletedProcess:
+    """`accelerate launch` with two processes. Its --cpu would start only one, so it is told --multi_gpu.
+
+    With two folders it is launched in each of them, as on two machines of one process. Returned is what all say.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", str(len(folders)), "--mixed_precision", "no",
+                "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]  # fmt: skip
+    launched = [
+        subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--machine_rank", str(n), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for n, folder in enumerate(folders)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in launched]
+    code = max(process.returncode for process in launched)
+    return subprocess.CompletedProcess(arguments, code, *map("".join, zip(*said)))
 
 
 def order_of_sums(terms: int, size: float) -> float:
