@@ -239,6 +239,8 @@ def as_trained(options: Evaluation) -> Evaluation:
             folder = beside.parent
     if folder is None:
         return options
+    if not (folder / RECORD).exists():
+        raise FileNotFoundError(f"--run {folder} is not the folder of a run: there is no {RECORD} in it")
     names = ("guidance_scale", "shift", "height", "width")
     trained = read_record(folder, ("options",), of_options=names)["options"]
     left = {name: trained[name] for name in names if getattr(options, name) is None}

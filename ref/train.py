@@ -183,7 +183,7 @@ def run(
         loop = train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state)
         for state in (bars := bar(loop, f"{method:>12}", logged=True, total=settings.iterations, initial=begun)):
             n, entry = state.iteration, checkpoint.plain(state.metrics)
-            if n == begun + 1:
+            if n == begun + 1 < settings.iterations:
                 say(clock(time.perf_counter() - began, settings.iterations - n))
             if evaluate_every and n % evaluate_every == 0:
                 entry |= {f"eval_{name}": value for name, value in judge(n)[0].items()}

@@ -7,6 +7,8 @@ failing test is named at the end, with its proof and the functions of ref/ that 
 """
 
 import re
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import hypothesis
@@ -60,6 +62,23 @@ def pytest_terminal_summary(terminalreporter):
 def rng():
     """A generator with a fixed seed, one for each test."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def serve():
+    """Starts a local server with the given handler, returns its address."""
+    servers = []
+
+    def start(handler, port: int = 0) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(scope="session")

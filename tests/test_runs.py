@@ -96,16 +96,9 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(arguments, message, tm
     assert message in line and not (tmp_path / "out").exists()
 
 
-def test_an_upload_that_fails_says_how_to_do_it_again(tmp_path, monkeypatch):
-    from ref.models.push import push
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        OSError, match=f"cannot push to me/x: .*; all is in {tmp_path}: hf upload me/x {tmp_path}"
-    ) as caught:
-        push("me/x", tmp_path)
-    assert "\n" not in str(caught.value)
+def test_a_directory_without_a_run_is_not_resumed(tmp_path, capsys):
+    line = refusal(main, ["--output-dir", tmp_path / "out", "--resume"], capsys)
+    assert "there is no run to continue in" in line and not (tmp_path / "out").exists()
 
 
 def test_every_command_tells_its_version(capsys):

@@ -32,6 +32,7 @@ image rounded to 8 bits. An image with a NaN scores NaN, and whoever asked is to
 import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -147,6 +148,9 @@ def parse(specification: str) -> list[tuple[float, str, str | None]]:
             raise ValueError(f"{term.strip()!r} has the weight 0 and would be computed for nothing; leave {name} out")
         if source and REWARDS.get(name) in RULES:
             raise ValueError(f"{name} is a rule and loads nothing; write {name} without ={source}")
+        late = re.fullmatch(r"(.+):([\d.]+)", source or "")
+        if late and "://" not in source and not Path(source).exists():
+            raise ValueError(f"a weight stands before its source: {name}:{late[2]}={late[1]}, not {term.strip()!r}")
         terms.append((weight, name, source or None))
     return terms
 

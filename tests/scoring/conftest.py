@@ -1,7 +1,5 @@
 """Tiny random models of the real classes, pictures, and a local server."""
 
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -40,23 +38,6 @@ def images(rng) -> torch.Tensor:
     coarse = torch.rand(5, 3, 6, 8, generator=rng)
     smooth = torch.nn.functional.interpolate(coarse, size=(48, 64), mode="bilinear")
     return to_bytes(smooth).float() / 255
-
-
-@pytest.fixture
-def serve():
-    """Starts a local server with the given handler, returns its address."""
-    servers = []
-
-    def start(handler, port: int = 0) -> str:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture

@@ -133,6 +133,8 @@ def test_a_detector_of_the_real_class_finds_draws_and_is_judged(source, images, 
     assert all([t.sure for t in g] == sorted((t.sure for t in g), reverse=True) for one in found for g in one.values())
     surer = reward.find(images, [0.45] * len(images))
     assert sum(map(len, (g for one in surer for g in one.values()))) < len(things)
+    one = sum(map(len, reward.find(images[:2], [0.45, 0.3])[1].values()))  # each has a confidence of its own
+    assert one == sum(map(len, found[1].values())) > sum(map(len, surer[1].values()))
     # the same picture in another batch: what is found there does not hang on its neighbours
     alone = reward.find(images[2:3], [0.3])[0]
     assert {k: len(v) for k, v in alone.items()} == {k: len(v) for k, v in found[2].items()}
@@ -143,6 +145,8 @@ def test_a_detector_of_the_real_class_finds_draws_and_is_judged(source, images, 
         prompts[0].wants = {"tag": "two", "include": [{"class": there, "count": wanted}]}
         assert reward(images[:1], prompts[:1]).item() == pytest.approx(mean)
         assert strict(images[:1], prompts[:1]).item() == verdict
+    prompts[0].wants = {"tag": "counting", "include": [{"class": there, "count": 1}]}  # where 0.9 is wanted
+    assert all(thing.sure < 0.9 for thing in things) and reward(images[:1], prompts[:1]).item() == 0
     assert reward(images[:3], prompts).shape == (3,)
 
 
