@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ref.runs import Run, asked, plan
+from ref.runs import Run, asked, described, plan
 from ref.train import main, run
 
 from .small import SMALL
@@ -14,19 +14,24 @@ from .tools import exit_code, refusal
 
 def test_the_plan_counts_what_an_iteration_does(capsys):
     """SD3.5 for 80 GB: with guidance each step is two passes, and the last of ten steps is not trained."""
-    from ref.runs import described
-
     given = ["--preset", "sd35_medium", "--memory", "80", "--method", "pec", "--output-dir", "out"]
-    r = asked(Run, "ref.train", [*given, "--groups", "4", "--group-size", "6", "--steps", "10", "--window", "2"])
-    description = described(r.preset, r.method, r.weight, r.space, r.encoder, r.settings, r.options)
-    lines = plan(
-        description, {"save_every": 20, "evaluate_every": 50, "log_with": "tensorboard"}, r.output_dir
-    ).splitlines()
-    said = {line.split()[0]: line for line in lines}
+    given += ["--groups", "4", "--group-size", "6", "--steps", "10", "--window", "2"]
+    said = planned(given, {"save_every": 20, "evaluate_every": 50, "log_with": "tensorboard"})
     assert "a LoRA of rank 32 of sd35_medium, 512 x 512 pixels, by pec, 1 process" in said["trained"]
     assert "4 prompts x 6 = 24 images; at most 480 passes of the model to draw them, 96 to train" in said["iteration"]
-    assert f"micro-batch {r.settings.micro_batch}, computed for 80 GB" in said["memory"]
+    assert "micro-batch 12, computed for 80 GB" in said["memory"]
     assert said["written"].endswith("out: metrics.json, images/, best/, weights/, logs/")
+    # without guidance, two samples of each group, no evaluations between, no tracker
+    given += ["--guidance-scale", "1", "--best-and-worst", "2"]
+    said = planned(given, {"save_every": 20, "evaluate_every": 0, "log_with": "none"})
+    assert "at most 240 passes of the model to draw them, 16 to train" in said["iteration"]
+    assert said["written"].endswith("out: metrics.json, images/, weights/") and "before and after" in said["run"]
+
+
+def planned(arguments: list[str], habits: dict) -> dict[str, str]:
+    r = asked(Run, "ref.train", arguments)
+    description = described(r.preset, r.method, r.weight, r.space, r.encoder, r.settings, r.options)
+    return {line.split()[0]: line for line in plan(description, habits, r.output_dir).splitlines()}
 
 
 def test_a_run_shows_a_plan_and_a_quiet_one_its_result_alone(tmp_path, capsys):

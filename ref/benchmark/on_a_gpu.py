@@ -53,7 +53,9 @@ def fitting(name: str, device: torch.device) -> tuple[Pipeline, Settings] | None
     if not held:
         return None
     options, settings = preset.within(max(held), preset.options, preset.settings)
-    size = dict(groups=1, updates=1, group_size=max(2, 2 * settings.micro_batch), iterations=2, best_and_worst=None, ema_every=1)
+    size = dict(
+        groups=1, updates=1, group_size=max(2, 2 * settings.micro_batch), iterations=2, best_and_worst=None, ema_every=1
+    )
     return options, replace(settings, **size)
 
 
@@ -122,7 +124,9 @@ def measure_as_asked(arguments: list[str] | None) -> None:
             continue
         options, settings = found
         try:
-            with out_of_memory(f"with micro-batch {settings.micro_batch}", "the table of presets.py asks too much here"):
+            with out_of_memory(
+                f"with micro-batch {settings.micro_batch}", "the table of presets.py asks too much here"
+            ):
                 if given.model:
                     settings = replace(settings, group_size=4, micro_batch=2)
                     model = load(given.model, PROMPTS, 64, 64, device=device, max_sequence_length=16, lora_rank=4)

@@ -18,7 +18,9 @@ def refuse(repository: str, toy: str | None = None) -> None:
     try:
         HfApi().whoami()
     except Exception as error:  # the client's own, and those of the libraries below it
-        raise OSError(f"--push-to-hub: {reason(error)}; run `hf auth login` again, or leave it out and push later") from error
+        raise OSError(
+            f"--push-to-hub: {reason(error)}; run `hf auth login` again, or leave it out and push later"
+        ) from error
 
 
 def reason(error: Exception) -> str:

@@ -2,11 +2,14 @@ r"""Many processes: who owns which groups, and the two things that are exchanged
 
     accelerate launch --num_processes 8 -m ref.train ...
 
-On two nodes of eight GPUs this line on each, with its own --machine_rank. Both must see --output-dir, the model's folder and
-one's own files; the cache of prompts' embeddings may be each node's own.
+On two nodes of eight GPUs this line on each, with its own --machine_rank:
 
     accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip NODE0 \
         --main_process_port 29500 -m ref.train --preset flux_dev_720 --groups 16 --output-dir /shared/flux ...
+
+Both must see --output-dir, the model's folder and one's own files; the cache of prompts' embeddings may be each node's own.
+A resumed run is refused where a node does not see its checkpoints. When a launch of one process fails, accelerate prints a
+traceback of its own below our line; `accelerate launch -q` leaves it out, and for one process no launch is needed.
 
 Every process owns G / P whole groups of every optimiser step and draws the samples that one process would.
 Two things are exchanged:

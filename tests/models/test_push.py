@@ -58,7 +58,16 @@ def hub(serve, monkeypatch):
 def test_weights_card_and_samples_arrive(hub, world, tmp_path, capsys):
     from ref.train import main
 
-    command = ["--preset", "sd35_medium", "--method", "flow_grpo", "--output-dir", tmp_path / "run", "--push-to-hub", "me/weights"]
+    command = [
+        "--preset",
+        "sd35_medium",
+        "--method",
+        "flow_grpo",
+        "--output-dir",
+        tmp_path / "run",
+        "--push-to-hub",
+        "me/weights",
+    ]
     settings = options(world, "sd3") | LARGE_SETTINGS | dict(iterations=1, reward="jpeg")
     assert exit_code(main, [*command, "--encoder", f"pickscore={world / 'clip'}", *flags(settings)]) == 0
     assert f"pushed to {hub}/me/weights" in capsys.readouterr().err
@@ -67,13 +76,24 @@ def test_weights_card_and_samples_arrive(hub, world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("login, reach, message", [("hf_wrong", True, "Invalid"), ("hf_right", False, "refused")])
-def test_a_login_that_the_hub_does_not_take_is_said_before_the_run(login, reach, message, hub, tmp_path, capsys, monkeypatch):
+def test_a_login_that_the_hub_does_not_take_is_said_before_the_run(
+    login, reach, message, hub, tmp_path, capsys, monkeypatch
+):
     from ref.train import main
 
     monkeypatch.setenv("HF_TOKEN", login)
     if not reach:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    command = ["--preset", "sd35_medium", "--method", "pec", "--output-dir", tmp_path / "run", "--push-to-hub", "me/weights"]
+    command = [
+        "--preset",
+        "sd35_medium",
+        "--method",
+        "pec",
+        "--output-dir",
+        tmp_path / "run",
+        "--push-to-hub",
+        "me/weights",
+    ]
     line = refusal(main, command, capsys)
     assert message in line and "run `hf auth login` again, or leave it out" in line
     assert not (tmp_path / "run").exists()

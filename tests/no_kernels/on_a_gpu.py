@@ -70,7 +70,9 @@ def same_operators(task) -> dict:
                 v = model.velocity(x, sigma, conditioning)
     rollout, update = seen.passes
     found["operators"] = len(rollout)
-    found["other"] = [a for a, b in zip(rollout, update) if a != b] + [len(rollout) - len(update)] * (len(rollout) != len(update))
+    found["other"] = [a for a, b in zip(rollout, update) if a != b] + [len(rollout) - len(update)] * (
+        len(rollout) != len(update)
+    )
     found["attention"] = sorted({name for name, _ in rollout if "attention" in name})
     found["on_cpu"] = dict(seen.on_cpu)
     assert v.requires_grad and v.device.type == "cuda"
@@ -112,12 +114,16 @@ def loop(world: Path) -> dict:
         gc.collect(), gc.freeze()  # the trials' collections look at what is made from here on, not at all of torch
         own, here = found.setdefault(kind, {}), task.model
         own |= same_operators(task)
-        own["devices"] = sorted({p.device.type for p in here.parameters()} | {p.device.type for p in task.encoder.parameters()})
+        own["devices"] = sorted(
+            {p.device.type for p in here.parameters()} | {p.device.type for p in task.encoder.parameters()}
+        )
         own["dtype"] = str(here.dtype)
 
         def of(method, task=task, settings=settings):
             state = grpo.start(task.model, settings)
-            return grpo.train(task.model, task.prompts, task.reward, task.encoder, METHODS[method](clip=1e-4), settings, state)
+            return grpo.train(
+                task.model, task.prompts, task.reward, task.encoder, METHODS[method](clip=1e-4), settings, state
+            )
 
         own["methods"] = {method: next(of(method)).metrics["peak_gib"] for method in METHODS}
         own["waits"] = waits(of("pec"))
@@ -170,7 +176,11 @@ def trial(task, settings) -> dict:
     conditioning = model.encode(task.prompts[:1])
     wide = replace(settings, groups=512, group_size=256, updates=1, micro_batch=0)
     for checkpointing in (False, True):
-        (model.transformer.enable_gradient_checkpointing if checkpointing else model.transformer.disable_gradient_checkpointing)()
+        (
+            model.transformer.enable_gradient_checkpointing
+            if checkpointing
+            else model.transformer.disable_gradient_checkpointing
+        )()
         fits(model, conditioning, 1)  # workspaces
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
@@ -204,7 +214,9 @@ def whole(world: Path) -> dict:
     given = dict(encoder=f"pickscore={world / 'clip'}", options=options, progress=False)
     run("sd35_medium", "flow_grpo_kl", folder / "run", settings=settings, **given)
     torch.set_default_device("cuda")
-    result = run("sd35_medium", "flow_grpo_kl", folder / "run", settings=replace(settings, iterations=2), resume=True, **given)
+    result = run(
+        "sd35_medium", "flow_grpo_kl", folder / "run", settings=replace(settings, iterations=2), resume=True, **given
+    )
     torch.set_default_device("cpu")
     found["iterations"] = len(result["history"])
     found["phases"] = [name for name in result["history"][-1] if name.startswith(("seconds_", "peak"))]
@@ -215,7 +227,14 @@ def whole(world: Path) -> dict:
         found["evaluated"] = evaluate.main([str(a) for a in row])
     except Exception as error:
         found["evaluated"] = repr(error)
-    small = run("mixture", "pec", folder / "mixture", 1.0, settings=replace(PRESETS["mixture"].settings, iterations=1), progress=False)
+    small = run(
+        "mixture",
+        "pec",
+        folder / "mixture",
+        1.0,
+        settings=replace(PRESETS["mixture"].settings, iterations=1),
+        progress=False,
+    )
     found["small"] = [name for name in small["history"][-1] if name.startswith("peak")]
     return found
 

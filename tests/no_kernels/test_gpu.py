@@ -102,7 +102,9 @@ def test_memory_s_end_is_one_line_in_every_phase(kind, phase, said, loop):
 def test_a_failed_trial_leaves_memory_as_it_was(kind, checkpointing, loop):
     own = loop[kind]["trial"][checkpointing]
     assert min(len(own["fit"]), len(own["failed"])) > 1 and set(own["fit"] + own["failed"]) == {own["before"]}
-    assert own["largest"] >= own["micro_batch"] > 1 and own["said"].startswith("out of memory in the VAE; give a smaller --decode-batch")
+    assert own["largest"] >= own["micro_batch"] > 1 and own["said"].startswith(
+        "out of memory in the VAE; give a smaller --decode-batch"
+    )
 
 
 def test_a_run_its_resume_and_the_stock_pipeline(alone):

@@ -79,7 +79,10 @@ def test_a_nan_image_has_a_nan_score_in_every_reward(folders, images):
         ("jpeg:0.3+ocr:0,7", "the weight of ocr must be a number"),
         ("jpeg:0", "'jpeg:0' has the weight 0 and would be computed for nothing; leave jpeg out"),
         ("pickscore+ocr:-0.0", "has the weight 0"),
-        ("pickscore=/no/such:0.7+jpeg", "a weight stands before its source: pickscore:0.7=/no/such, not 'pickscore=/no/such:0.7'"),
+        (
+            "pickscore=/no/such:0.7+jpeg",
+            "a weight stands before its source: pickscore:0.7=/no/such, not 'pickscore=/no/such:0.7'",
+        ),
         ("ocr=/models/ocr", "ocr is a rule and loads nothing; write ocr without =/models/ocr"),
         ("jpeg:0.5=x", "jpeg is a rule"),
         ("pickscore=/nowhere", "there is no folder /nowhere"),

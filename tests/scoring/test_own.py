@@ -10,7 +10,7 @@ from ref.presets import PRESETS
 from ref.sampling import ask
 from ref.scoring.encoders import load_encoder
 from ref.scoring.load import check_prompts, load_reward, parse
-from ref.scoring.own import inside
+from ref.scoring.own import inside, is_own
 from ref.train import main, run
 
 from ..small import LARGE_SETTINGS, options, pipeline
@@ -76,6 +76,7 @@ def test_a_class_is_made_when_it_is_loaded_and_asked_about_prompts_before(file, 
     [
         ("a/b c.py:f", (1.0, "a/b c.py:f", None)),
         (r"C:\x\my.py:f:0.5", (0.5, r"C:\x\my.py:f", None)),
+        ("http://x.py:80/score", (1.0, "http://x.py:80/score", None)),
         ("http://localhost:8000", (1.0, "http://localhost:8000", None)),
         ("http://localhost:8000:0.5", (0.5, "http://localhost:8000", None)),
         ("https://[::1]:80/a/b:2", (2.0, "https://[::1]:80/a/b", None)),
@@ -85,6 +86,7 @@ def test_a_class_is_made_when_it_is_loaded_and_asked_about_prompts_before(file, 
 )
 def test_names_weights_and_ports_are_told_apart(term, parts):
     assert parse(f"{term}+jpeg") == [parts, (1.0, "jpeg", None)]
+    assert is_own(parts[1]) == ("py:" in parts[1])
 
 
 WRONG = {

@@ -47,6 +47,7 @@ def test_images_and_prompts_arrive_and_numbers_come_back(serve):
     prompts = [f"picture {n}" for n in range(40)]
     torch.testing.assert_close(reward(images, prompts), 2 * images[:, 0, 0, 0])
     assert [len(body["prompts"]) for body in seen] == [32, 8]
+    assert reward.waits  # grpo.py asks while it draws
     assert [prompt for body in seen for prompt in body["prompts"]] == prompts
 
 
