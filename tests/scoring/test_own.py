@@ -86,7 +86,7 @@ def test_a_class_is_made_when_it_is_loaded_and_asked_about_prompts_before(file, 
 )
 def test_names_weights_and_ports_are_told_apart(term, parts):
     assert parse(f"{term}+jpeg") == [parts, (1.0, "jpeg", None)]
-    assert is_own(parts[1]) == ("py:" in parts[1])
+    assert is_own(parts[1]) == (".py:" in parts[1] and "://" not in parts[1])
 
 
 WRONG = {
