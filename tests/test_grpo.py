@@ -455,7 +455,7 @@ def test_averages_that_would_stay_the_base_model_are_warned_of():
 
 @pytest.mark.parametrize("bound", ["target_diversity", "stop_below_diversity"])
 def test_a_bound_beside_a_shared_start_and_a_window_is_warned_of(bound):
-    settings = dataclasses.replace(SMALL, iterations=1, same_noise=True, window=1, **{bound: 0.8})
+    settings = dataclasses.replace(SMALL, iterations=1, same_noise=True, window=1, trained=0.25, **{bound: 0.8})
     with pytest.warns(UserWarning, match="independent samples keep less"):
         run("pec", settings)
 

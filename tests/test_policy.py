@@ -88,7 +88,7 @@ def test_multistep_converges_with_order_two(rng):
 
 
 def test_a_tail_leaves_the_window_alone_and_needs_fewer_calls(rng):
-    """Against 2000 Euler steps from where the window ends: 3 calls err as Euler's 6 do, 4 calls half as much."""
+    """Against 2000 Euler steps from where the window ends, on a mixture: 3 calls err 1.2 times as Euler's 6 do at most, 4 calls 0.6."""
     full = FlowSchedule(time_grid(11, shift=3.0), noise_level=0.7).windowed(2, 3)
     x, velocity, eps = torch.randn(256, 2, generator=rng), mixture_velocity(), torch.randn(11, 256, 2, generator=rng)
     path = rollout(velocity, full, x, eps=eps)
