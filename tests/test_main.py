@@ -18,11 +18,11 @@ def test_the_main_job_writes_its_table_figures_and_weights(tmp_path, capsys):
         "paradox.png",
         "metrics.json",
         "pec/weights",
-        "pcvae/weights",
+        "flow_grpo_kl/weights",
         "flow_grpo/weights",
     ):
         assert (tmp_path / name).exists(), name
     checkpoints = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/checkpoint-*.pt")}
     assert story(arguments) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text()).keys() == {"base", "flow_grpo", "pec", "pcvae"}
+    assert json.loads((tmp_path / "metrics.json").read_text()).keys() == {"base", "flow_grpo", "flow_grpo_kl", "pec"}
     assert len(checkpoints) >= 3 and all(file.stat().st_mtime_ns == time for file, time in checkpoints.items())

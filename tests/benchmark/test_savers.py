@@ -11,7 +11,7 @@ from ref.presets import PRESETS
 from ..tools import refusal
 
 
-@pytest.mark.parametrize("preset", ["digits", "sd35_medium", "flux_dev"])
+@pytest.mark.parametrize("preset", ["letters", "sd35_medium", "flux_dev"])
 def test_the_last_row_is_the_twin(preset):
     """What the preset says, row by row, until nothing is left of the difference."""
     own, fast = PRESETS[preset], PRESETS[f"{preset}_fast"]
@@ -28,7 +28,7 @@ def test_the_last_row_is_the_twin(preset):
 
 def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
     small = ["--groups", "2", "--group-size", "2", "--steps", "7", "--window", "3", "--repeats", "3"]
-    assert main(["--preset", "digits", *small, "--json", str(tmp_path / "s.json")]) == 0
+    assert main(["--preset", "letters", *small, "--json", str(tmp_path / "s.json")]) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "s.json").read_text())}
     assert list(rows)[0] == THEIRS and set(rows) - set(EXACT) == {THEIRS, OURS, f"{THEIRS}, fast recipe"}
     passes = {name: sum(row["passes"].values()) for name, row in rows.items()}

@@ -275,6 +275,7 @@ MAKERS = {  # part: what makes it, steps, learning rate, seed
     "held_out": (make_preference, 1200, 1e-3, 6),
     "faces": (make_faces, 2000, 2e-3, 7),
 }
+FOLDERS = {"vae": "vae", "flow": "transformer"}  # of the parts that are more than a file
 Part = Literal["vae", "flow", "phi", "rater", "preference", "held_out", "faces"]
 
 
@@ -306,7 +307,8 @@ class Base(Options):
 def make_as_asked(arguments: list[str] | None) -> None:
     options = read(Base, "ref.worlds.letters.base", arguments)
     refuse_unwritable(options.output_dir / "config", "--output-dir")
-    there = [file for part in options.parts if (file := options.output_dir / "training" / f"{part}.pt").exists()]
+    names = [name for part in options.parts for name in (f"training/{part}.pt", FOLDERS.get(part, f"{part}.safetensors"))]
+    there = [file for name in names if (file := options.output_dir / name).exists()]
     if there and not (options.resume or options.overwrite):
         raise ValueError(f"{there[0]} is there already; go on with --resume, or replace it with --overwrite")
     make(options.output_dir, options.parts, options.scale, options.seed, options.resume)
