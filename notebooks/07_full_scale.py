@@ -93,8 +93,8 @@ PRESET = "sd35_medium"  # any of LARGE that has this variant
 MODEL = None  # a diffusers folder or hub id; None: the preset's
 METHOD, WEIGHT = "pcvae", None  # of ref/methods.py; None: its own lambda
 REWARD = ENCODER = "pickscore"  # ref/scoring: "pickscore:0.7+ocr:0.3", "dino", "my_file.py:my_reward"
-SMALLER = dict(iterations=100, groups=8, group_size=16)  # {}: as published
-OPTIONS = dict(images_per_prompt=9)  # more of them: options.Pipeline
+SMALLER = dict(iterations=100, groups=8, group_size=16, images_per_prompt=9)  # {}: as published
+OPTIONS = {}  # of options.Pipeline
 OUTPUT = Path("../outputs/full_scale")
 
 options, settings = PRESETS[PRESET].within(MEMORY, PRESETS[PRESET].options, PRESETS[PRESET].settings)
@@ -120,10 +120,10 @@ if DRY:
         (OUTPUT / f"{name}.txt").write_text("\n".join(read_prompts(name)[:count]))
     OPTIONS |= dict(prompts=f"{OUTPUT}/train.txt", evaluation_prompts=f"{OUTPUT}/evaluation.txt", evaluation_steps=4)
     OPTIONS |= dict(
-        height=64, width=64, images_per_prompt=6, cache_dir=OUTPUT / "cache", model=str(MODEL), reward=REWARD
+        height=64, width=64, cache_dir=OUTPUT / "cache", model=str(MODEL), reward=REWARD
     )
     options = Pipeline(**options.model_dump() | OPTIONS)
-    few = dict(iterations=3 if FAST else 20, groups=2, group_size=4, steps=4, micro_batch=4, lr=1e-2, ema_every=1)
+    few = dict(iterations=3 if FAST else 20, groups=2, group_size=4, steps=4, micro_batch=4, lr=1e-2, ema_every=1, images_per_prompt=6)
     settings = dataclasses.replace(settings, **few, updates=min(2, settings.updates))
 source = locate(options.model)
 print(source.pipeline, "from", "a tiny random model" if DRY else source.model)
@@ -167,7 +167,7 @@ def shown(figure, scale=1):
     return figure
 
 
-K, prompts = options.images_per_prompt, read_prompts(options.evaluation_prompts or "evaluation")
+K, prompts = settings.images_per_prompt, read_prompts(options.evaluation_prompts or "evaluation")
 images = {"base": results["flow_grpo"]["base_images"]} | {m: r["images"] for m, r in results.items()}
 images = {m: v.unflatten(0, (-1, K)) for m, v in images.items()}
 print(prompts[0])

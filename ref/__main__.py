@@ -71,7 +71,9 @@ def tell(settings: Settings, folder: Path) -> None:
     """Train what is not yet trained, and show what became of it."""
     rows, histories, images = {}, {}, {}
     for method, weight in RUNS.items():
-        result = run("letters", method, folder / method, weight, settings, resume=True, again="the same command goes on")
+        result = run(
+            "letters", method, folder / method, weight, settings, resume=True, again="the same command goes on"
+        )
         history = histories[method] = result["history"]
         entropy = [history[i]["policy_entropy"] for i in (0, -1)]
         rows.setdefault("base", result["base"])

@@ -178,7 +178,7 @@ def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Cal
         check_prompts(options.reward, training + evaluation)
     device = PartialState().device  # this process's GPU; "cpu:0" among several processes on the CPU
     device = torch.device("cpu") if device.type == "cpu" else device
-    elsewhere = {"memory", "model", "reward", "prompts", "evaluation_prompts", "evaluation_steps", "images_per_prompt"}
+    elsewhere = {"memory", "model", "reward", "prompts", "evaluation_prompts", "evaluation_steps"}
     adapter = options.model_dump(exclude=elsewhere) | {"lora_rank": options.lora_rank or None}
     loading = bar(total=3, what="loading", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}] {postfix}")
     loading.set_postfix_str(options.model)
@@ -198,7 +198,7 @@ def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Cal
         phi,
         evaluation=evaluation,
         evaluation_steps=options.evaluation_steps,
-        images_per_prompt=options.images_per_prompt,
+        images_per_prompt=4,
         source=model.encode.source.model,
     )
 

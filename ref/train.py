@@ -135,6 +135,7 @@ def run(
         say(plan(description, habits, folder), sys.stdout)
 
         task = PRESETS[preset].task(encoder, options, reward)
+        task = replace(task, images_per_prompt=settings.images_per_prompt or task.images_per_prompt)
         keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
         same = {"run": directory.identity(description), "prompts": [*map(str, task.prompts)], "embeddings": keys}
         saved = directory.load(folder, trainable(task.model), bool(settings.ema), same) if resume else None

@@ -18,13 +18,15 @@ SMALL = Settings(iterations=2, groups=4, group_size=3, updates=2, steps=4, lr=3e
 PROMPTS = letters.PROMPTS[:6]
 
 # the letters as the command trains them
-TINY = dict(iterations=4, groups=3, group_size=2, updates=1, steps=3, window=1)
+TINY = dict(iterations=4, groups=3, group_size=2, updates=1, steps=3, window=1, images_per_prompt=2)
 LETTERS_SETTINGS = dataclasses.replace(PRESETS["letters"].settings, **TINY)
 
 # the large presets, on the fixture `world`
 PRESET = {"sd3": "sd35_medium", "flux": "flux_dev"}
 TRAINING = ["a cat on a mat", "two red apples", 'a sign that says "hello"']
-LARGE_SETTINGS = dict(iterations=2, groups=2, group_size=2, updates=1, micro_batch=3, steps=3, lr=1e-2)
+LARGE_SETTINGS = dict(
+    iterations=2, groups=2, group_size=2, updates=1, micro_batch=3, steps=3, lr=1e-2, images_per_prompt=2
+)
 
 
 def small_model():
@@ -61,8 +63,8 @@ def same(a, b):
 def options(world: Path, kind: str) -> dict:
     return dict(
         model=str(world / kind), reward=f"pickscore={world / 'clip'}", prompts=str(world / "train.txt"),
-        evaluation_prompts=str(world / "evaluation.jsonl"), evaluation_steps=2, images_per_prompt=2, height=32,
-        width=32, max_sequence_length=16, lora_rank=4, cache_dir=world / "cache",
+        evaluation_prompts=str(world / "evaluation.jsonl"), evaluation_steps=2, height=32, width=32,
+        max_sequence_length=16, lora_rank=4, cache_dir=world / "cache",
     )  # fmt: skip
 
 

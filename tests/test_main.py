@@ -1,12 +1,16 @@
 """`python -m ref`."""
 
 import json
+from dataclasses import replace
 
 from ref.__main__ import main as story
+from ref.presets import PRESETS
 
 
-def test_the_main_job_writes_its_table_figures_and_weights(tmp_path, capsys):
+def test_the_main_job_writes_its_table_figures_and_weights(tmp_path, capsys, monkeypatch):
     """`python -m ref`, two iterations a method, twice: the second call repeats no training."""
+    small = replace(PRESETS["letters"].settings, group_size=4, images_per_prompt=5)
+    monkeypatch.setitem(PRESETS, "letters", replace(PRESETS["letters"], settings=small))
     arguments = ["--output-dir", str(tmp_path), "--iterations", "2"]
     assert story(arguments) == 0
     first = capsys.readouterr().out

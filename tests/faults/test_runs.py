@@ -138,7 +138,7 @@ def test_the_story_refuses_a_folder_of_other_settings_before_it_trains(change, w
         directory.write_json(
             tmp_path / method / "run.json", runs.described("letters", method, weight, None, None, settings)
         )
-    (tmp_path / "pcvae" / "checkpoint-00000001.pt").touch()  # the last of the three
+    (tmp_path / "pec" / "checkpoint-00000001.pt").touch()  # the last of the three
     assert words in refusal(story, ["--output-dir", tmp_path, "--iterations", "1", *change], capsys)
     assert names(tmp_path) == sorted(RUNS)
 

@@ -307,7 +307,9 @@ class Base(Options):
 def make_as_asked(arguments: list[str] | None) -> None:
     options = read(Base, "ref.worlds.letters.base", arguments)
     refuse_unwritable(options.output_dir / "config", "--output-dir")
-    names = [name for part in options.parts for name in (f"training/{part}.pt", FOLDERS.get(part, f"{part}.safetensors"))]
+    names = [
+        name for part in options.parts for name in (f"training/{part}.pt", FOLDERS.get(part, f"{part}.safetensors"))
+    ]
     there = [file for name in names if (file := options.output_dir / name).exists()]
     if there and not (options.resume or options.overwrite):
         raise ValueError(f"{there[0]} is there already; go on with --resume, or replace it with --overwrite")
