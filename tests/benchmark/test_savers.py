@@ -27,7 +27,7 @@ def test_the_last_row_is_the_twin(preset):
 
 
 def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
-    small = ["--groups", "2", "--group-size", "2", "--steps", "7", "--window", "3", "--repeats", "3"]
+    small = ["--groups", "2", "--group-size", "3", "--steps", "7", "--window", "3", "--repeats", "3"]
     assert main(["--preset", "letters", *small, "--json", str(tmp_path / "s.json")]) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "s.json").read_text())}
     assert list(rows)[0] == THEIRS and set(rows) - set(EXACT) == {THEIRS, OURS, f"{THEIRS}, fast recipe"}

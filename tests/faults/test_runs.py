@@ -79,7 +79,7 @@ def copy(three, tmp_path):
         ("mixture", ["pec:1", "pcvae", "pec:1.0"], "pec:1 and pec:1.0 are the same run"),
         ("mixture", ["pec@perceptual:5e-2", "pec/direction"], "are the same run"),
         ("letters", ["pec/contrastive", "pec@perceptual"], "are the same run"),
-        ("letters", ["pec/direction"], "letters has contrastive, preference, faces"),
+        ("letters", ["pec/direction"], "letters has contrastive, preference, faces, sharp"),
     ],
 )
 def test_a_run_counts_once_whatever_its_name(preset, runs, words, tmp_path, capsys):

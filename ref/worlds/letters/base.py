@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -183,11 +184,12 @@ def make_flow(training: Training, folder: Path, batch: int = 160, pool: int = 16
     training.fit(trained, loss, export, average)
 
 
-def make_phi(training: Training, folder: Path) -> None:
+def make_phi(training: Training, folder: Path, temperature: float = 1.0) -> None:
     """The perceptual encoder, by SimCLR: two spoilt views of a picture attract, all others repel.
 
     A batch is one letter in 32 faces, each in the same 8 palettes, so neither hue nor face nor letter alone
-    tells its pictures apart.
+    tells its pictures apart. A low temperature drives all pictures equally far apart, however alike they are; at 1 what
+    is alike stays near.
     """
     phi, g = Phi(), training.generator
     every = masks()
@@ -198,10 +200,10 @@ def make_phi(training: Training, folder: Path) -> None:
         ink, paper = (colour.repeat(32, 1) for colour in palettes(8, g))
         images = paint(every[faces, letter], ink, paper)
         features = torch.cat([phi(spoil(images, g)) for _ in range(2)])
-        logits = (features @ features.T / 0.2).fill_diagonal_(-torch.inf)
+        logits = (features @ features.T / temperature).fill_diagonal_(-torch.inf)
         return F.cross_entropy(logits, torch.arange(512).roll(256))
 
-    training.fit(phi, loss, lambda: ship_head(phi, folder / "phi.safetensors"))
+    training.fit(phi, loss, lambda: ship_head(phi, folder / f"{training.part}.safetensors"))
 
 
 def make_rater(training: Training, folder: Path) -> None:
@@ -269,14 +271,15 @@ def make_faces(training: Training, folder: Path) -> None:
 MAKERS = {  # part: what makes it, steps, learning rate, seed
     "vae": (make_vae, 4500, 5e-3, 4),
     "flow": (make_flow, 10000, 2e-3, 5),
-    "phi": (make_phi, 1000, 2e-3, 1),
+    "phi": (make_phi, 600, 2e-3, 1),
+    "sharp": (partial(make_phi, temperature=0.2), 1000, 2e-3, 1),
     "rater": (make_rater, 1000, 2e-3, 2),
     "preference": (make_preference, 1200, 1e-3, 3),
     "held_out": (make_preference, 1200, 1e-3, 6),
     "faces": (make_faces, 2000, 2e-3, 7),
 }
 FOLDERS = {"vae": "vae", "flow": "transformer"}  # of the parts that are more than a file
-Part = Literal["vae", "flow", "phi", "rater", "preference", "held_out", "faces"]
+Part = Literal["vae", "flow", "phi", "sharp", "rater", "preference", "held_out", "faces"]
 
 
 def make(
