@@ -54,7 +54,7 @@ class Story(Options):
 
     output_dir: Path = Path("outputs/letters")  # runs in it are continued or, when finished, not repeated
     seed: int = 0  # of the runs
-    iterations: Annotated[int, Ge(1), Le(10**6)] = 60  # of each run; the preset has 80
+    iterations: Annotated[int, Ge(1), Le(10**6)] = PRESETS["letters"].settings.iterations  # of each run
 
 
 def story(arguments: list[str] | None) -> None:

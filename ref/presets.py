@@ -248,9 +248,7 @@ DANCE_GRPO = Settings(
     iterations=300, groups=8, group_size=12, updates=1, micro_batch=0, steps=16, kind="dance_sde", noise_level=0.3,
     lr=3e-4, trained=0.6, same_noise=True,
 )  # fmt: skip
-LETTERS = Settings(
-    iterations=80, groups=4, group_size=20, steps=8, window=3, lr=4e-3, lr_schedule="cosine", clip=1e-2
-)  # fmt: skip
+LETTERS = Settings(iterations=80, groups=4, group_size=16, steps=8, window=3, lr=2e-3, clip=1e-2)
 PRESETS = {
     "mixture": Preset(mixture, Settings(iterations=150, groups=32, group_size=16, updates=1, lr=1e-3, clip=0.2)),
     "letters": Preset(letters, LETTERS),
