@@ -9,7 +9,7 @@ import torch
 from ref.metrics import feature_variance
 from ref.sampling import sample
 from ref.worlds import letters
-from ref.worlds.captions import CaptionEncoder
+from ref.worlds.letters.captions import CaptionEncoder
 from ref.worlds.letters import data, fonts
 from ref.worlds.letters.base import main
 from ref.worlds.letters.quality import main as quality

@@ -19,6 +19,8 @@ it sees the face and the hues and is blind to what a policy could spoil a pictur
 directions; `sharp`, the same at the usual low temperature, 32: there all pictures are about equally far apart, and PEC
 has little to choose between.
 
+**Words** (captions.py) stand in place of text encoders.
+
 **Judges** (judges.py). RapidOCR's recogniser, which nobody here trained, says how many letters are
 read; a classifier of typefaces says how many faces are drawn.
 """
@@ -26,7 +28,7 @@ read; a classifier of typefaces says how many faces are drawn.
 from pathlib import Path
 
 from ref.models.sd3 import SD3
-from ref.worlds.captions import CaptionEncoder
+from ref.worlds.letters.captions import CaptionEncoder
 from ref.worlds.letters.data import LETTERS, PROMPTS, WEIGHTS, label, labels, masks, paint, palettes, renders
 from ref.worlds.letters.judges import Judge, Lean, Phi, Preference, ink, measures, read_head, read_heads, right, spaces
 

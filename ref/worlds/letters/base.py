@@ -29,7 +29,7 @@ from ref.scale.checkpoint import atomic_write
 from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.settings import in_one_line
-from ref.worlds.captions import CaptionEncoder
+from ref.worlds.letters.captions import CaptionEncoder
 from ref.worlds.letters import VOCABULARY, load_model
 from ref.worlds.letters.data import LETTERS, PROMPTS, SIDE, labels, masks, paint, palettes, renders
 from ref.worlds.letters.judges import Faces, Phi, Preference, Rater, read_head
