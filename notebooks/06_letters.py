@@ -52,7 +52,7 @@ from ref.sampling import sample
 from ref.worlds import letters
 
 FAST = os.environ.get("REF_FAST") == "1"
-SEED = 0
+SEED = 2
 settings = PRESETS["letters"].settings
 if FAST:
     settings = replace(settings, iterations=3, group_size=4, steps=4, window=1)
@@ -173,8 +173,8 @@ figures.training_curves(histories)
 #
 # One run is an anecdote. `data/letters_runs.csv` holds a line for each run of `python -m ref.compare --preset letters`
 # (the README has the command). The trained reward and three held-out scores are on the left, diversity in three spaces, of
-# typefaces, of colours and of pixels on the right. Held fixed: iterations, samples, and the learning rate (on a seed that is
-# not reported, 4e-3 brings each of these methods more reward than 2e-3; at 8e-3 Flow-GRPO breaks). Norm.Avg scales each
+# typefaces, of colours and of pixels on the right. Held fixed: iterations, samples, and the learning rate 2e-3 for all
+# (at 4e-3 Flow-GRPO breaks on seed 0: legibility 54 %); it was not tuned for each method. Norm.Avg scales each
 # column by its range over the rows shown, so it compares rows of one table only.
 
 # %%
@@ -205,3 +205,120 @@ shares_kept({name: shares(name) for name in dict.fromkeys(run["run"] for run in 
 # %%
 points = front(runs, "var_contrastive")
 figures.reward_diversity_front(points)
+
+# %% [markdown]
+# Read with the spreads (five seeds):
+#
+# - **Flow-GRPO collapses**: 60 ± 22 % of the variance in $\phi$ is left, and 17 ± 8 of 190 typefaces. What the reward model
+#   says, the held-out model and the rater's own utility confirm; RapidOCR does not: it reads 86 ± 6 %, of the base model's
+#   samples 93 %.
+# - **The KL penalty** keeps most: 89 ± 3 % of the variance, 61 ± 14 typefaces, and its letters are read best (94.0 ± 0.4 %).
+#   It pays with 38 % of Flow-GRPO's gain in reward.
+# - **PEC** at $\lambda=3$, and PEC asked for 90 % of the variance (a target in place of $\lambda$, proofs/P19), keep 82 ± 9 % and
+#   86 ± 6 %, all of the colour, 32 ± 13 typefaces, and pay 15 and 14 % of the gain. Legibility they leave where Flow-GRPO has it.
+# - **No ranking.** Overall is 0.66 ± 0.05 for PEC with its target and 0.64 ± 0.02 for KL, which five seeds do not separate;
+#   Flow-GRPO has 0.43 ± 0.24. The two spend their reward on different things. In the paper's table PEC and PCVAE are ahead of KL.
+# - **A target is a request.** 0.8 ended at 74 ± 11 % of the ODE's variance: one run of five (seed 3) lost its letters
+#   (legibility 62 %). 80 iterations are short, and the policy is still moving when they end.
+# - Every row has one value of the policy entropy from first to last iteration.
+# %% [markdown]
+# ## Was it foreseen?
+#
+# Six predictions were committed to the repository before the first run of this study (commit "Predictions for the study of
+# letters, written before its runs").Of these runs' predictions:
+#
+# - *A KL penalty is as good as PEC or better in every held-out column.* **Wrong.** PEC has more of the held-out model's score
+#   and of the rater's utility (it gives up less reward), KL more legibility.
+# - *PEC regains colour before typefaces; KL does not.* **Half right.** PEC keeps 111 % of the colour and 17 % of the typefaces, but
+#   KL has the same order (106 and 32 %).
+#
+# Not yet run over five seeds, hence open: the rare taste (`letters_rule`), PEC in the other spaces, PCVAE and the rest of table 1.
+# On one seed that is not reported, Flow-GRPO on the rule lost typefaces (190 to 52) and legibility (93 to 77 %), and 6 % of
+# the variance in $\phi$.
+# %% [markdown]
+# ## What φ must be for PEC
+#
+# PEC pays a sample for its squared distance $d^2$ to the mean of its group. What it can push is the *spread* of $d^2$ within a
+# group: where all are equally far apart there is nothing to choose between. Contrastive training at the usual low
+# temperature (0.2, `sharp`) makes features so: all pictures of a letter are about orthogonal to each other. At temperature
+# 1 (`contrastive`, the $\phi$ used above) what is alike stays near. The last two columns say what moves a picture in
+# $\phi$, next to a change of face: a change of ink and paper, and what a policy could spoil a picture with, which no
+# $\phi$ should see.
+
+# %%
+from ref.perceptual import deviations
+from ref.worlds.letters.spoil import spoil
+
+g = torch.Generator().manual_seed(5)
+masks = letters.masks()[::6, 0]
+ink, paper = letters.palettes(len(masks), g)
+plain = letters.paint(masks, ink, paper)
+others = {
+    "face": letters.paint(masks.roll(1, 0), ink, paper),
+    "hue": letters.paint(masks, ink.roll(1, 0), paper.roll(1, 0)),
+    "spoilt": spoil(plain, g),
+}
+print("space         spread of d² / its mean   directions   hue / face   spoilt / face")
+for name, f in letters.spaces(heads).items():
+    d = deviations(f(shown["base"]).unflatten(0, size))
+    squared, all_of_them = d.square().sum(-1), d.flatten(0, 1)
+    eigenvalues = torch.linalg.eigvalsh(all_of_them.T @ all_of_them)
+    moved = {what: (f(other) - f(plain)).square().sum(1).mean() for what, other in others.items()}
+    print(
+        f"{name:14}{squared.std(1).mean() / squared.mean():23.2f}{eigenvalues.sum() ** 2 / eigenvalues.square().sum():13.1f}"
+        f"{moved['hue'] / moved['face']:13.2f}{moved['spoilt'] / moved['face']:16.2f}"
+    )
+
+# %% [markdown]
+# A first round of runs had $\phi$ = `sharp` (a seed that is not reported, a learning rate twice as large): there $\lambda=3$
+# kept 62 % of the variance and a third of the colour; with `contrastive` 76 % and all of the colour. The choice of
+# $\phi$ was made after that, and before the five seeds above. No $\phi$ is neutral: this one sees hue more than face, and
+# PEC keeps hues better than faces. The reward model's own features, which the paper uses most, see what spoils a picture
+# a quarter as much as another face.
+
+# %% [markdown]
+# ## The law of figure 3
+#
+# The paper finds $R = -a\,e^{H_{perc}} + b$ along training. Here are the five Flow-GRPO runs of the table,
+# iteration by iteration (columns of their `metrics.json`), with the pooled fit and its 95 % band.
+
+# %%
+flow_grpo_runs = json.loads(Path("data/letters_flow_grpo.json").read_text())
+laws = [
+    fit_entropy_law(torch.tensor([m["perceptual_entropy"] for m in run]), torch.tensor([m["reward"] for m in run]))
+    for run in flow_grpo_runs
+]
+print("R² of each seed's own fit:", " ".join(f"{law.r2:.2f}" for law in laws))
+for part, where in (("first half", slice(0, 40)), ("second half", slice(40, 80))):
+    H, R = (
+        torch.tensor([m[key] for run in flow_grpo_runs for m in run[where]]) for key in ("perceptual_entropy", "reward")
+    )
+    law = fit_entropy_law(H, R)
+    print(f"{part}: slope -a = {-law.a:.1f}, R² = {law.r2:.2f}")
+figures.entropy_law(flow_grpo_runs, title="five Flow-GRPO runs")
+
+# %% [markdown]
+# The sign is the paper's: reward is bought with perceptual entropy. The line is not a law of these runs: it bends, steeply
+# falling at first and then hardly, and the seeds part ways (one palette dies in two of them, another survives), so that the
+# pooled fit explains less than each seed's own.
+
+# %% [markdown]
+# ## Summary
+#
+# - Policy entropy is a constant of the sampler. It says nothing about what the images look like.
+# - Flow-GRPO on a reward that half of all pictures satisfy still draws nearly the same face again and again.
+# - A KL penalty to the base model and PEC both prevent most of it. The first holds the images where they were and keeps letters
+#   legible, the second holds them apart and keeps more of the reward.
+#
+# **Exercises.** (1) Set `omega="variance"` in the settings: does weighting steps by their noise matter?
+# (2) Train PEC with $\phi$ = `faces`, which is blind to colour. What does it keep, and what do the judges say?
+# (3) `python -m ref.compare --preset letters_rule`: a rule as reward that the base model meets once in thirty times. Who
+# wins there?
+
+# %%
+import subprocess
+
+commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+print(
+    f"torch {torch.__version__}, device cpu, {torch.get_num_threads()} threads, seed {SEED}, commit {commit or 'unknown'}"
+)
