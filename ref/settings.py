@@ -82,9 +82,7 @@ class Settings:
     )
     grad_clip: Annotated[float, Gt(0), Le(10**12)] = 1.0  # largest gradient norm
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay of the averaged weights, which are saved; 0 is off
-    ema_every: Annotated[int, Ge(1), Le(10**6)] = (
-        1  # optimiser steps between two updates of the averages (Flow-GRPO: 8)
-    )
+    ema_every: Annotated[int, Ge(1), Le(10**6)] = 1  # optimiser steps between two updates of the averages (Flow-GRPO 8)
     target_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # share of the base model's variance to hold (P19)
     stop_below_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # end the run when less than this share is kept
     omega: Literal["uniform", "variance"] = "uniform"  # weights over steps of PEC and PCVAE; variance: as s_i^2

@@ -3,19 +3,27 @@
 Written from the description of its trainers (arXiv 2505.05470, and how its public code of November 2025 goes about it):
 
     the text encoders stay in memory and encode every batch's prompts again, each as often as its group has members
-    a batch is rolled out, decoded and judged; its log-densities are kept, and serve the update as the old ones
-    the update takes the same batches, one step at a time, with a backward pass of its own for each
+    a batch is rolled out and decoded; its log-densities are kept, and serve the update as the old ones
+    its rewards are asked for in a thread, while the next batches are drawn, and joined before the update
+    SD3's trainers (not FLUX's) leave out the samples whose advantage is 0, and average over the rest, in as many batches
+    the update goes through the batches one step at a time, with a backward pass of its own for each
 
-With a `window` and guidance 1 this is its fast recipe without guidance. Nothing is shared, skipped or shortened, though its
-code leaves out samples without advantage (and averages over the rest). It draws the same noise as
-ours and must give the same numbers up to rounding: `against` reports the ratio of times together with the largest
-differences, relative to the largest value of each quantity. One optimiser step an iteration, so that the gradient is there
-to compare; Adam's first steps are signs, which no tolerance fits.
+`FAST` is its recipe of fewer passes, of October 2025 (pickscore_sd3_fast_nocfg, pickscore_flux_fast): 3 consecutive steps of
+the first half are random and trained, on SD3 without guidance. The Fast of July 2025 is another, which is not timed here: one
+sample of a prompt walks to a random step, from which its group branches, and 2 steps are trained.
+
+What differs from its code: the noise and the prompts are ours, so that the numbers must be, up to rounding, where no sample
+is left out: `against` reports the ratio of times together with the largest differences, relative to the largest value of
+each quantity. One optimiser step an iteration (theirs: two), so that the gradient is there to compare; Adam's first steps
+are signs, which no tolerance fits. A batch holds members of one group after the other (theirs is shuffled) and all batches
+have one window (theirs: each its own). Flow-SDE in place of its fast recipe's Flow-CPS. Without the KL of its SD3 recipes,
+which adds a pass without gradient to each trained one. Rewards have one thread, not eight, and phi is computed there too.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -23,11 +31,14 @@ from torch import Tensor
 from ref.grpo import State, advantages, calibrate_on, start, step_weights, train
 from ref.methods import FlowGRPO, Group, Step
 from ref.models.embeddings import PromptEmbeddings
+from ref.models.sd3 import SD3
 from ref.policy import gaussian_log_prob, rollout
 from ref.presets import Task
 from ref.sampling import chunks, generator_for, pick_prompts, placed
 from ref.scale.weights import assign, copied, trainable
 from ref.settings import Settings
+
+FAST = dict(window=3, trained=0.5)  # Flow-GRPO-Fast's steps
 
 
 def text_encoders(model) -> Callable[[list[str]], dict[str, Tensor]]:
@@ -67,24 +78,32 @@ def iteration(task: Task, encode: Callable, method: FlowGRPO, settings: Settings
         draws = [torch.cat([draw[:1, :1].expand_as(draw[:1]), draw[1:]]) for draw in draws]
     noise, [layout] = torch.cat(draws, 1), chunks(len(picked), K, 1, settings.micro_batch)
 
-    batches, images, reward, features = [], [], [], []
-    for rows in layout:
-        asked = [prompts[b] for b in rows]
-        condition = encode(asked)
-        eps = noise[:, rows].to(next(iter(condition.values())).device)
-        path = rollout(lambda x, sigma: model.velocity(x, sigma, condition), schedule, eps[0], eps=eps[1:])
-        images.append(model.decode(path.x[-1]))
-        reward.append(task.reward(images[-1], asked))
-        features.append(task.encoder(images[-1]))
-        batches.append((rows, condition, path))
+    def judged(images: Tensor, asked: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            return images, task.reward(images, asked), task.encoder(images)
 
-    old = torch.cat([path.log_prob[: len(steps)].T for _, _, path in batches]).cpu()
+    conditions, paths = [], []
+    with ThreadPoolExecutor(1) as pool:
+        waiting = []
+        for rows in layout:
+            asked = [prompts[b] for b in rows]
+            condition = encode(asked)
+            eps = noise[:, rows].to(next(iter(condition.values())).device)
+            path = rollout(lambda x, sigma: model.velocity(x, sigma, condition), schedule, eps[0], eps=eps[1:])
+            waiting.append(pool.submit(judged, model.decode(path.x[-1]), asked))
+            conditions.append(condition)
+            paths.append(path)
+        images, reward, features = (torch.cat(values) for values in zip(*(each.result() for each in waiting)))
+    condition = {name: torch.cat([c[name] for c in conditions]) for name in conditions[0]}
+    x, old_mean, log_prob = (torch.cat(v, 1) for v in zip(*((p.x, p.mean, p.log_prob) for p in paths)))
+    log_prob = log_prob[: len(steps)]
+
     h, kernel = state.bandwidths(schedule)
     group = Group(
-        torch.cat(reward).unflatten(0, (-1, K)).cpu(),
-        torch.cat(features).unflatten(0, (-1, K)).cpu(),
+        reward.unflatten(0, (-1, K)).cpu(),
+        features.unflatten(0, (-1, K)).cpu(),
         h,
-        old.unflatten(0, (-1, K)),
+        log_prob.T.unflatten(0, (-1, K)).cpu(),
         step_weights(schedule, settings.omega, steps),
         generator_for(settings.seed, state.iteration, "select"),
         kernel,
@@ -93,20 +112,26 @@ def iteration(task: Task, encode: Callable, method: FlowGRPO, settings: Settings
     advantage = advantages(method.shape(group), settings.advantage_clip, settings.std_normalize, over)
     pair = method.select(group, advantage)
 
+    own, chosen = (v.flatten(0, 1).to(x.device) for v in (advantage, pair))
+    kept = torch.arange(len(own))
+    if isinstance(model, SD3) and own.any():
+        kept = own.any(1).nonzero()[:, 0].cpu()
     state.optimizer.zero_grad(set_to_none=True)
-    for rows, condition, path in batches:
-        x, own, chosen = path.x, *(v.flatten(0, 1)[rows].T.to(path.x.device) for v in (advantage, pair))
+    for rows in kept.tensor_split(len(layout)) if len(kept) < len(own) else layout:
+        part = {name: value[rows] for name, value in condition.items()}
         for s, i in enumerate(steps):
-            mean = schedule.mean(x[i], model.velocity(x[i], schedule.sigmas[i], condition), i)
-            log_prob = gaussian_log_prob(x[i + 1], mean, schedule.std[i])
-            step = Step(log_prob, path.log_prob[s], own[s], chosen[s], mean, path.mean[s], None, schedule.std[i])
-            (method.loss(step) * (len(rows) / old.numel())).backward()
+            mean = schedule.mean(x[i, rows], model.velocity(x[i, rows], schedule.sigmas[i], part), i)
+            step = Step(
+                gaussian_log_prob(x[i + 1, rows], mean, schedule.std[i]), log_prob[s, rows], own[rows, s], chosen[rows, s],
+                mean, old_mean[s, rows], None, schedule.std[i],
+            )  # fmt: skip
+            (method.loss(step) * (len(rows) / (len(kept) * len(steps)))).backward()
     torch.nn.utils.clip_grad_norm_(trainable(model).values(), settings.grad_clip)
     state.optimizer.step()
     state.iteration += 1
     return {
-        "latents": torch.cat([path.x[-1] for _, _, path in batches]),
-        "images": torch.cat(images),
+        "latents": x[-1],
+        "images": images,
         "log_prob": group.policy_log_prob,
         "reward": group.reward,
         "features": group.features,

@@ -36,7 +36,7 @@ from ref.models.embeddings import NAMES
 from ref.models.sd3 import SD3
 from ref.models.shapes import shaped
 from ref.options import Options, Pixels, command, read
-from ref.presets import architectures
+from ref.presets import PRESETS, architectures
 from ref.scale.directory import write_json
 from ref.scale.paths import refuse_unwritable
 from ref.settings import in_one_line
@@ -101,7 +101,7 @@ def kept(model: TextToImage, batch: int = 1, tokens: int | None = None, cuda: bo
 def footprint(model: TextToImage, tokens: int | None = None) -> dict[str, float]:
     """The terms of the module's docstring in GiB: weights, trained, kept, block, and kept without checkpointing.
 
-    tokens: of T5; None: the pipeline's own number, more than the presets take.
+    tokens: of T5; None: the pipeline's own number.
     """
     transformer = model.transformer
     blocks = len(transformer.transformer_blocks) + len(getattr(transformer, "single_transformer_blocks", ()))
@@ -132,16 +132,23 @@ def print_table(arguments: list[str] | None) -> None:
     given = read(Memory, "ref.benchmark.memory", arguments)
     if given.json_file:
         refuse_unwritable(given.json_file, "--json")
-    print("model        size  rank  weights  trained  a sample more: checkpointed, not   peak of 1, 4, 8 checkpointed")
-    rows = [(name, size, 0 if given.all_weights else rank) for _, name, size, rank in architectures(given.pixels)]
+    print(
+        "model        size  rank  tokens  weights  trained  a sample more: checkpointed, not   peak of 1, 4, 8 checkpointed"
+    )
+    rows = [
+        (name, size, 0 if given.all_weights else rank, PRESETS[preset].options.max_sequence_length)
+        for preset, name, size, rank in architectures(given.pixels)
+    ]
     terms = []
-    for name, size, rank in dict.fromkeys(rows):
-        m = footprint(shaped(name, size, rank))
-        terms.append({"model": name, "pixels": size, "rank": rank} | m)
+    for name, size, rank, tokens in dict.fromkeys(rows):
+        model = shaped(name, size, rank)
+        tokens = tokens or model.default_tokens
+        m = footprint(model, tokens)
+        terms.append({"model": name, "pixels": size, "rank": rank, "tokens": tokens} | m)
         each = m["kept"] + m["block"]
         peaks = ", ".join(f"{m['weights'] + m['trained'] + b * each:.1f}" for b in (1, 4, 8))
         print(
-            f"{name:<11} {size:>5} {rank:>5} {m['weights']:>8.2f} {m['trained']:>8.2f} "
+            f"{name:<11} {size:>5} {rank:>5} {tokens:>7} {m['weights']:>8.2f} {m['trained']:>8.2f} "
             f"{each:>28.2f}, {m['without']:>5.2f}   {peaks} GiB"
         )
     if given.json_file:

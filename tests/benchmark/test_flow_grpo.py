@@ -40,6 +40,19 @@ def test_equal_results(kind, method, changes, folder):
     assert 0.2 < found["ratio"][0] < 5  # the same work; how fast is measured, not tested
 
 
+@pytest.mark.parametrize("kind, difference", [("sd3", 0.5), ("flux", 0.0)])
+def test_flat_samples_are_left_out_where_its_trainers_do(kind, difference, folder):
+    """SD3's average over the rest: with one of two groups flat our gradient, divided by all, is half as large."""
+    whole = task(folder, kind)
+    flat = whole.prompts[0]
+    reward = lambda images, prompts: whole.reward(images, prompts) * torch.tensor([p != flat for p in prompts])  # noqa: E731
+    one_flat = dataclasses.replace(whole, reward=reward)
+    settings = Settings(**SMALL | dict(grad_clip=1e6))
+    found = against(one_flat, settings, METHODS["flow_grpo"](), 1, text_encoders(whole.model))["difference"]
+    assert found.pop("gradient") == pytest.approx(difference, abs=1e-5)
+    assert all(value < 1e-5 for value in found.values())
+
+
 def test_the_comparison_sees_a_difference(folder, monkeypatch):
     """A planted error in the baseline, the log-density's 1/2 forgotten, shows up."""
     from ref.benchmark import flow_grpo

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ref.benchmark.savers import EXACT, OURS, THEIRS, main, steps_to_the_twin
+from ref.benchmark.savers import EXACT, FLAT, OURS, THEIR_FAST, THEIRS, main, steps_to_the_twin
 from ref.presets import PRESETS
 
 from ..tools import refusal
@@ -27,16 +27,44 @@ def test_the_last_row_is_the_twin(preset):
 
 
 def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
-    small = ["--groups", "2", "--group-size", "3", "--steps", "7", "--window", "3", "--repeats", "3"]
+    small = [
+        "--groups",
+        "2",
+        "--group-size",
+        "2",
+        "--micro-batch",
+        "2",
+        "--steps",
+        "7",
+        "--window",
+        "3",
+        "--repeats",
+        "3",
+    ]
     assert main(["--preset", "letters", *small, "--json", str(tmp_path / "s.json")]) == 0
-    rows = {row["name"]: row for row in json.loads((tmp_path / "s.json").read_text())}
-    assert list(rows)[0] == THEIRS and set(rows) - set(EXACT) == {THEIRS, OURS, f"{THEIRS}, fast recipe"}
+    found = json.loads((tmp_path / "s.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows)[:3] == [THEIRS, THEIR_FAST, OURS] and list(rows)[-1] == FLAT
     passes = {name: sum(row["passes"].values()) for name, row in rows.items()}
-    assert passes[THEIRS] == passes[OURS] == 10 and passes["window"] == 9 >= passes["shared start"] > passes["tail"]
-    assert rows["half of the groups flat"]["passes"]["trained"] <= 3
-    assert float(rows[OURS]["exact"].split("by ")[1].split()[0]) < 1e-5
+    assert passes[THEIRS] == passes[OURS] == passes[THEIR_FAST] == 10
+    assert passes["window"] == 9 >= passes["shared start"] > passes["tail"]
+    assert rows["tail"]["passes"]["trained"] == 2 * rows[FLAT]["passes"]["trained"] == 2  # one of two groups is flat
+    assert rows[f"{THEIR_FAST}, {FLAT}"]["passes"]["trained"] == 1.5
+    assert "gradients differ by" in rows[OURS]["exact"]  # by how much, test_flow_grpo tests
     shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == len(rows) + 2 and all(line.count("|") == 6 for line in shown)
+    assert "2 x 2 images" in shown[0] and "micro-batch 2" in shown[0]
+    assert len(shown) == len(rows) + 4 and all(line.count("|") == 6 for line in shown[2:])
+
+
+def test_the_race_stops_where_the_reward_is_reached(tmp_path, capsys):
+    """At once for a target that the first iteration meets; never for one that no reward reaches."""
+    small = ["--groups", "2", "--group-size", "2", "--steps", "4", "--window", "2", "--iterations", "2", "--seeds", "1"]
+    for target, iterations, said in (("-100", 1, "of the seconds"), ("1000", 2, "not reached")):
+        assert main(["--preset", "letters", *small, f"--race={target}", "--json", str(tmp_path / "r.json")]) == 0
+        [row] = json.loads((tmp_path / "r.json").read_text())
+        assert [row[name]["iterations"] for name in ("preset", "twin")] == [iterations] * 2
+        assert all((row[name]["seconds"] is None) == (iterations == 2) for name in ("preset", "twin"))
+        assert said in capsys.readouterr().out
 
 
 def test_a_preset_without_a_twin_is_refused(capsys):
