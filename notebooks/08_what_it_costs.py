@@ -118,7 +118,7 @@ for phase, s in letters["utilisation"].items():
 print(f"a checkpoint: {1e3 * letters['phases']['pec']['checkpoint']['median']:.0f} ms")
 
 # %% [markdown]
-# Rollout and update are everything, and both are passes of the transformer. Perceptual entropy looks at *finished* images
+# Rollout and update are most of it, and both are passes of the transformer; decoding is a tenth. Perceptual entropy looks at *finished* images
 # once, and where $\phi$ is the reward's own network not even that: it is run once for both.
 #
 # ## Beside Flow-GRPO, and what saves passes
@@ -250,9 +250,8 @@ points = {
 figures.predicted_and_measured(points)
 
 # %% [markdown]
-# More steps cost what they should. Twice as many small images cost less than twice: most of an iteration on digits is
-# the fixed cost of starting operations, which the formula does not know, $u$ hides, and a large model does not have.
-# Measured on an earlier version and not again: the wide SD3 at 128, 256 and 512 px took 1 : 1.55 : 4.75 in the rollout
+# More steps and more images cost what they should. What the formula does not know is the fixed cost of starting operations:
+# it is why ten samples at a time are slower above, $u$ hides it, and a large model does not have it. Measured on an earlier version and not again: the wide SD3 at 128, 256 and 512 px took 1 : 1.55 : 4.75 in the rollout
 # (by the formula 1 : 1.8 : 5.5) and 1 : 1.6 : 5.8 in the update (1 : 1.8 : 5.6); two processes of one thread were 1.65
 # and 1.68 times as fast as one.
 #
@@ -305,7 +304,7 @@ figures.parts(whole)
 # ## Exercises
 #
 # 1. `REF_MEASURE=letters`: where does your machine differ, and does the ratio of PEC move?
-# 2. At which $K$ does the formula begin to hold on letters? Time `--group-size` 20, 40, 80 and plot seconds over $K$.
+# 2. Below which $K$ does the formula no longer hold on letters? Time `--group-size` 2, 5, 10 and plot seconds over $K$.
 # 3. You have eight 48 GB GPUs and a day. Which preset, how many iterations? Say which of your numbers are guesses.
 
 # %%
