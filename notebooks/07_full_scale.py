@@ -17,7 +17,7 @@
 # %% [markdown]
 # # 07 Full scale: SD3.5-Medium and FLUX.1-dev
 #
-# **Question.** Does the loop of the digits fine-tune a text-to-image model of billions of weights, and what does that
+# **Question.** Does the loop of the letters fine-tune a text-to-image model of billions of weights, and what does that
 # take on your card?
 #
 # **What you need.** A GPU of 24 GB (SD3.5-Medium) or 48 GB (FLUX.1-dev), the models' licences accepted, 30 to 60 GB
@@ -235,9 +235,9 @@ assert not torch.equal(*drawn)
 # %% [markdown]
 # ## Summary
 #
-# - The loop of the digits trains SD3.5-Medium and FLUX.1-dev: another preset, not other code.
+# - The loop of the letters trains SD3.5-Medium and FLUX.1-dev: another preset, not other code.
 # - Exact at any scale: ratio 1 on the first update, one policy entropy, the LoRA in stock diffusers.
-# - **Not shown by the committed copy:** that PEC or PCVAE keep these models' diversity; notebook 06 shows it on digits.
+# - **Not shown by the committed copy:** that PEC or PCVAE keep these models' diversity; notebook 06 shows it on letters.
 #
 # **Exercises.** (1) `ENCODER = "dino"`: which columns of the table gain? (2) `REWARD = "ocr"` with `prompts="ocr"` in the
 # options: does learning to spell narrow the pictures, too? (3) Give the settings a `window` of 2: what does the plan save?
