@@ -140,7 +140,7 @@ for label, name in SAVERS.items():
     display(Markdown(f"**{label}**: {table(found[name])}"))
     rows = {row["name"]: row for row in found[name]["rows"]}
     assert rows[THEIRS]["passes"] == rows[OURS]["passes"]
-    assert rows["tail"]["faster"]["median"] > 1.3
+    assert "wide" not in label or rows["tail"]["faster"]["median"] > 1.3  # letters have a window of 3 to begin with
 
 # %% [markdown]
 # What the savers rest on:
