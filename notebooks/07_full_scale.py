@@ -17,7 +17,7 @@
 # %% [markdown]
 # # 07 Full scale: SD3.5-Medium and FLUX.1-dev
 #
-# **Question.** Does the loop of the digits fine-tune a text-to-image model of billions of weights, and what does that
+# **Question.** Does the loop of the letters fine-tune a text-to-image model of billions of weights, and what does that
 # take on your card?
 #
 # **What you need.** A GPU of 24 GB (SD3.5-Medium) or 48 GB (FLUX.1-dev), the models' licences accepted, 30 to 60 GB
@@ -93,8 +93,8 @@ PRESET = "sd35_medium"  # any of LARGE that has this variant
 MODEL = None  # a diffusers folder or hub id; None: the preset's
 METHOD, WEIGHT = "pcvae", None  # of ref/methods.py; None: its own lambda
 REWARD = ENCODER = "pickscore"  # ref/scoring: "pickscore:0.7+ocr:0.3", "dino", "my_file.py:my_reward"
-SMALLER = dict(iterations=100, groups=8, group_size=16)  # {}: as published
-OPTIONS = dict(images_per_prompt=9)  # more of them: options.Pipeline
+SMALLER = dict(iterations=100, groups=8, group_size=16, images_per_prompt=9)  # {}: as published
+OPTIONS = {}  # of options.Pipeline
 OUTPUT = Path("../outputs/full_scale")
 
 options, settings = PRESETS[PRESET].within(MEMORY, PRESETS[PRESET].options, PRESETS[PRESET].settings)
@@ -120,10 +120,10 @@ if DRY:
         (OUTPUT / f"{name}.txt").write_text("\n".join(read_prompts(name)[:count]))
     OPTIONS |= dict(prompts=f"{OUTPUT}/train.txt", evaluation_prompts=f"{OUTPUT}/evaluation.txt", evaluation_steps=4)
     OPTIONS |= dict(
-        height=64, width=64, images_per_prompt=6, cache_dir=OUTPUT / "cache", model=str(MODEL), reward=REWARD
+        height=64, width=64, cache_dir=OUTPUT / "cache", model=str(MODEL), reward=REWARD
     )
     options = Pipeline(**options.model_dump() | OPTIONS)
-    few = dict(iterations=3 if FAST else 20, groups=2, group_size=4, steps=4, micro_batch=4, lr=1e-2, ema_every=1)
+    few = dict(iterations=3 if FAST else 20, groups=2, group_size=4, steps=4, micro_batch=4, lr=1e-2, ema_every=1, images_per_prompt=6)
     settings = dataclasses.replace(settings, **few, updates=min(2, settings.updates))
 source = locate(options.model)
 print(source.pipeline, "from", "a tiny random model" if DRY else source.model)
@@ -167,7 +167,7 @@ def shown(figure, scale=1):
     return figure
 
 
-K, prompts = options.images_per_prompt, read_prompts(options.evaluation_prompts or "evaluation")
+K, prompts = settings.images_per_prompt, read_prompts(options.evaluation_prompts or "evaluation")
 images = {"base": results["flow_grpo"]["base_images"]} | {m: r["images"] for m, r in results.items()}
 images = {m: v.unflatten(0, (-1, K)) for m, v in images.items()}
 print(prompts[0])
@@ -235,9 +235,9 @@ assert not torch.equal(*drawn)
 # %% [markdown]
 # ## Summary
 #
-# - The loop of the digits trains SD3.5-Medium and FLUX.1-dev: another preset, not other code.
+# - The loop of the letters trains SD3.5-Medium and FLUX.1-dev: another preset, not other code.
 # - Exact at any scale: ratio 1 on the first update, one policy entropy, the LoRA in stock diffusers.
-# - **Not shown by the committed copy:** that PEC or PCVAE keep these models' diversity; notebook 06 shows it on digits.
+# - **Not shown by the committed copy:** that PEC or PCVAE keep these models' diversity; notebook 06 shows it on letters.
 #
 # **Exercises.** (1) `ENCODER = "dino"`: which columns of the table gain? (2) `REWARD = "ocr"` with `prompts="ocr"` in the
 # options: does learning to spell narrow the pictures, too? (3) Give the settings a `window` of 2: what does the plan save?

@@ -17,7 +17,7 @@ The paper, from the ground up; each module stands on those above it:
 
 Four wings:
 
-    worlds/       where everything is known, or seen at a glance: mixtures, two modes, digits
+    worlds/       where everything is known, or seen at a glance: mixtures, two modes, letters
     models/       SD3 and FLUX: diffusers' parts behind a few names
     scoring/      phi and R: encoders, rewards
     scale/        many GPUs, memory, being killed

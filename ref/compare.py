@@ -1,10 +1,10 @@
 """Many runs, one table: methods x weights x seeds, cached run by run, summarised as mean ± spread.
 
-    python -m ref.compare --preset digits --seeds 5 --runs flow_grpo pec:1 pec:2 pcvae:1 --jobs 2
+    python -m ref.compare --preset letters --seeds 5 --runs flow_grpo pec:1 pec:2 pcvae:1 --jobs 2
 
     python -m ref.compare --preset sd35_medium --memory 80 --reward pickscore:0.7+ocr:0.3 --prompts ocr --runs flow_grpo pec
 
-A run is named METHOD[@SPACE][/ENCODER][:WEIGHT]: `pec:1`, `clip_cov@perceptual:0.1`, `pec/reader:0.5`; or with a target
+A run is named METHOD[@SPACE][/ENCODER][:WEIGHT]: `pec:1`, `clip_cov@perceptual:0.1`, `pec/faces:0.5`; or with a target
 diversity in place of the weight, `pec:target=0.9`. What is left out is the method's default, or what --encoder or the preset
 says. All options of ref.train are options of all runs.
 
@@ -55,12 +55,11 @@ from ref.train import run
 
 FORMAT = 2  # of summary.json: one of another format is not read, but made again from the run's checkpoint
 AGAIN = "the same command goes on"
-SPACES = ("contrastive", "preference", "faces")  # of the letters
+SPACES = ("contrastive", "preference", "faces", "sharp")  # of the letters
 ENCODERS = {
     "mixture": ("direction",),
     "letters": SPACES,
     "letters_rule": SPACES,
-    "digits": ("contrastive", "reader", "random"),
 }  # the preset's own first
 
 # Quality and diversity columns with their formats; higher is better. The judge, and the spaces other
@@ -68,7 +67,7 @@ ENCODERS = {
 # run's own phi is in none of them where runs differ in phi. The first diversity column is the front's.
 LETTERS = (
     {"reward": ".3f", "held_out": ".3f", "utility": ".3f", "legibility": ".3f"},
-    {f"var_{space}": ".3f" for space in SPACES} | {"typefaces": ".1f", "colour": ".3f", "pixel_variance": ".1f"},
+    {f"var_{space}": ".3f" for space in SPACES[:3]} | {"typefaces": ".1f", "colour": ".3f", "pixel_variance": ".1f"},
 )
 COLUMNS = {
     "letters": LETTERS,
@@ -76,11 +75,6 @@ COLUMNS = {
     "mixture": (
         {"reward": ".3f"},
         {"feature_variance": ".3f", "pairwise_distance": ".3f", "effective_modes": ".2f", "pixel_variance": ".2f"},
-    ),
-    "digits": (
-        {"reward": ".3f", "judge_reward": ".3f", "legibility": ".3f"},
-        {"var_contrastive": ".3f", "var_reader": ".3f", "var_random": ".5f"}
-        | {"vae_variance": ".1f", "pixel_variance": ".2f"},
     ),
 }
 OUTSIDE = {"vae_variance": ".1f", "pixel_variance": ".2f"}  # of the large presets; whatever phi is
@@ -282,7 +276,7 @@ def front(runs: list[dict], column: str = "feature_variance") -> dict:
 class Comparison(Work):
     """Many runs, one table: methods x weights x seeds, summarised as mean ± spread."""
 
-    preset: Literal[tuple(PRESETS)] = "digits"  # what is trained on what
+    preset: Literal[tuple(PRESETS)] = "letters"  # what is trained on what
     runs: list[str] = Field(["flow_grpo", "pec:1", "pcvae:1"], min_length=1)  # METHOD[@SPACE][/ENCODER][:WEIGHT] or
     # ...[:target=SHARE]
     seeds: Annotated[int, Ge(1), Le(1000)] = 5  # this many, from --seed on

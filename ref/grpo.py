@@ -58,8 +58,9 @@ def advantages(
 def extremes(advantage: Float[Tensor, "G K S"], m: int) -> Float[Tensor, "G K S"]:
     """The m // 2 worst of each group and its best, m in all, by their mean over steps; the others' advantages are 0.
 
-    DanceGRPO's best-of-n. Biased: the middle's pull is left out. On letters, K = 20, the base model's gradient keeps 0.91
-    of itself for m = 10 and 0.75 for m = 6, with a cosine of 0.96 and 0.87 to all members' (two batches' have one of 0.02).
+    DanceGRPO's best-of-n. Biased: the middle's pull is left out. On letters, K = 24, three batches of ten
+    groups: the base model's gradient keeps 0.95 of its length for m = 12 and 0.88 for m = 8, and has cosines of 0.95 to
+    0.96 and of 0.87 to 0.91 to that of all members (two batches' have 0.00 to 0.08).
     """
     middle = advantage.mean(-1).argsort(1)[:, m // 2 : advantage.shape[1] - m + m // 2]
     return advantage.scatter(1, middle[..., None].expand(-1, -1, advantage.shape[2]), 0.0)

@@ -40,7 +40,6 @@ class Pipeline(Options):
     prompts: str = "train"  # a .txt, .jsonl, .json, .csv or .tsv file, or train, evaluation or ocr; GenEval's too
     evaluation_prompts: str | None = None  # for evaluations (None: evaluation; with other --prompts at most 64 of them)
     evaluation_steps: Annotated[int, Ge(1), Le(1000)] = 40  # denoising steps of evaluations
-    images_per_prompt: Annotated[int, Ge(2), Le(1000)] = 4  # of evaluations; one image has no diversity
     height: Pixels = 512  # of the images in pixels
     width: Pixels = 512  # likewise
     guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None  # 1 is off on SD3 (None: 4.5 on SD3, 3.5 on FLUX)

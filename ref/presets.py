@@ -6,12 +6,11 @@ A preset is a function that builds a `Task`, and the settings and options it run
 |----------------|------------------------------------------------|-------------------------------------------|
 | `mixture`      | six modes in the plane, exact velocity + MLP   | this project                              |
 | `letters`      | SD3's classes on coloured capitals, LoRA r16; `letters_rule` has another reward | this project |
-| `digits`       | SD3's classes on scanned digits, LoRA r16      | this project                              |
 | `sd35_medium`  | SD3.5-Medium, 512 px, LoRA r32                 | Flow-GRPO: 10 steps, CFG 4.5, noise 0.7   |
 | `flux_dev`     | FLUX.1-dev, 512 px, LoRA r64                   | Flow-GRPO: 6 steps, guidance 3.5, noise 0.9 |
 | `flux_dev_720` | FLUX.1-dev, 720 px, LoRA r128                  | the paper's author (earlier code): 16 steps, eta 0.3, shift 3, same noise, the first 60 % of the steps |
 | `flux_dance`   | FLUX.1-dev, 720 px, LoRA r128 on attention     | DanceGRPO: the same, but 9 steps drawn at random |
-| `*_fast`       | `digits`, `sd35_medium` and `flux_dev` again   | the same with fewer passes, below         |
+| `*_fast`       | `letters`, `sd35_medium` and `flux_dev` again   | the same with fewer passes, below         |
 
 **Fast twins** sample and train less, and say so: a group starts from one noise and walks as one until its window, which
 lies in the first half; the steps after it are few and of second order; guidance is off on SD3 (Flow-GRPO-Fast's recipe,
@@ -31,9 +30,8 @@ nothing, half of the samples are trained on, the best and the worst.
   PickScore with each group's own deviation; on SD3 with PickScore they take 64 groups of 18.
 
 DanceGRPO's: all weights at a rate of 1e-5 and a decay of 1e-4, its LoRA script 3e-4 (ours), on four projections (so
-`flux_dance`; `flux_dev_720` all twelve of `flux.LORA_TARGETS`) and with 12 steps (ours: 16). An iteration has 16 prompts
-and 3 optimiser steps, each on 4 members of every group; ours 8 and one. Steps are drawn for each sample, ours for an
-iteration; the last is dropped, ours deterministic.
+`flux_dance`; `flux_dev_720` all twelve of `flux.LORA_TARGETS`) and with 12 steps (ours: 16). An iteration has 16 prompts and 3 optimiser steps, each on 4 members of
+every group; ours 8 and one. Steps are drawn for each sample, ours for an iteration; the last is dropped, ours deterministic.
 
 The large ones take the options of `options.Pipeline`, among them a folder in place of the model. Their micro-batch
 is the largest that fits, found by trial (scale/microbatch.py), unless `memory` is given, the GPU's in GB: then it is the one of
@@ -132,25 +130,6 @@ def chosen(table: dict[str, Callable], encoder: str | Callable | None) -> Callab
     return table[encoder or next(iter(table))]
 
 
-def digits(encoder: str | Callable | None = None) -> Task:
-    """Ten captions; measured, whatever phi is, in all the perceptual spaces of digits.py."""
-    from ref.worlds import digits
-
-    model, reward, phi, judge = digits.load()
-    model.add_lora(rank=16, alpha=32)
-    spaces = digits.encoders(reward, phi)
-    held_out = digits.SlantReward(judge)  # the reward, read by the network that training never sees
-    measures = {
-        "legibility": lambda images, prompts: digits.legibility(judge, images, prompts),
-        "judge_reward": lambda images, prompts: held_out(images, prompts).mean().item(),
-    }
-    for space, f in spaces.items():
-        measures[f"var_{space}"] = lambda images, prompts, f=f: (
-            metrics.feature_variance(grouped(f(images), prompts)).mean().item()
-        )
-    return Task(model, digits.PROMPTS, reward, chosen(spaces, encoder), measures)
-
-
 def letters(encoder: str | None = None, rule: bool = False) -> Task:
     """Twenty-six captions; the reward is a preference model or, with `rule`, that a letter is read and leans to the right."""
     from ref.worlds import letters
@@ -160,11 +139,6 @@ def letters(encoder: str | None = None, rule: bool = False) -> Task:
     reward = letters.Lean(judge) if rule else heads["preference"]
     phi = chosen(letters.spaces(heads), encoder)
     return Task(model, letters.PROMPTS, reward, phi, letters.measures(heads, judge), images_per_prompt=20)
-
-
-def grouped(features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """[B, D] -> [G, K, D] for group-major samples of G different prompts."""
-    return features.unflatten(0, (len(set(prompts)), -1))
 
 
 def mixture(encoder: str | Callable | None = None) -> Task:
@@ -204,7 +178,7 @@ def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Cal
         check_prompts(options.reward, training + evaluation)
     device = PartialState().device  # this process's GPU; "cpu:0" among several processes on the CPU
     device = torch.device("cpu") if device.type == "cpu" else device
-    elsewhere = {"memory", "model", "reward", "prompts", "evaluation_prompts", "evaluation_steps", "images_per_prompt"}
+    elsewhere = {"memory", "model", "reward", "prompts", "evaluation_prompts", "evaluation_steps"}
     adapter = options.model_dump(exclude=elsewhere) | {"lora_rank": options.lora_rank or None}
     loading = bar(total=3, what="loading", bar_format="{l_bar}{bar}| {n}/{total} [{elapsed}] {postfix}")
     loading.set_postfix_str(options.model)
@@ -224,7 +198,7 @@ def text_to_image(encoder: str | Callable | None, options: Pipeline, reward: Cal
         phi,
         evaluation=evaluation,
         evaluation_steps=options.evaluation_steps,
-        images_per_prompt=options.images_per_prompt,
+        images_per_prompt=4,
         source=model.encode.source.model,
     )
 
@@ -274,15 +248,9 @@ DANCE_GRPO = Settings(
     iterations=300, groups=8, group_size=12, updates=1, micro_batch=0, steps=16, kind="dance_sde", noise_level=0.3,
     lr=3e-4, trained=0.6, same_noise=True,
 )  # fmt: skip
-LETTERS = Settings(
-    iterations=80, groups=4, group_size=20, steps=8, window=3, lr=4e-3, lr_schedule="cosine", clip=1e-2
-)  # fmt: skip
+LETTERS = Settings(iterations=80, groups=4, group_size=16, steps=8, window=3, lr=2e-3, clip=1e-2)
 PRESETS = {
     "mixture": Preset(mixture, Settings(iterations=150, groups=32, group_size=16, updates=1, lr=1e-3, clip=0.2)),
-    "digits": Preset(
-        digits,
-        Settings(iterations=100, groups=5, group_size=24, window=4, lr=4e-3, lr_schedule="cosine", clip=1e-2),
-    ),
     "letters": Preset(letters, LETTERS),
     "letters_rule": Preset(partial(letters, rule=True), LETTERS),
     "sd35_medium": Preset(
@@ -319,7 +287,6 @@ PRESETS |= {
         settings=replace(DANCE_GRPO, trained=9 / 16, trained_at_random=True),
         options=PRESETS["flux_dev_720"].options.model_copy(update=dict(lora_targets="attention")),
     ),
-    "digits_fast": twin("digits", window=2, tail_steps=3),
     "letters_fast": twin("letters", window=2, tail_steps=3),
     "sd35_medium_fast": twin("sd35_medium", dict(guidance_scale=1.0), window=3, tail_steps=4),
     "flux_dev_fast": twin("flux_dev", window=2, tail_steps=2, best_and_worst=12),

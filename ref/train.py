@@ -1,6 +1,6 @@
 """The command: one fine-tuning run from a preset, with checkpoints, exact resume and evaluation.
 
-    python -m ref.train --preset digits --method pec --weight 1.0 --output-dir outputs/pec
+    python -m ref.train --preset letters --method pec --weight 1.0 --output-dir outputs/pec
     python -m ref.train --output-dir outputs/pec --resume
     python -m ref.train --preset sd35_medium --memory 24 --method pec --output-dir outputs/sd35
     accelerate launch --num_processes 8 -m ref.train --preset flux_dev --method pcvae --output-dir outputs/flux
@@ -135,6 +135,7 @@ def run(
         say(plan(description, habits, folder), sys.stdout)
 
         task = PRESETS[preset].task(encoder, options, reward)
+        task = replace(task, images_per_prompt=settings.images_per_prompt or task.images_per_prompt)
         keys = dict(getattr(task.model.encode, "keys", {}))  # of cached prompt embeddings
         same = {"run": directory.identity(description), "prompts": [*map(str, task.prompts)], "embeddings": keys}
         saved = directory.load(folder, trainable(task.model), bool(settings.ema), same) if resume else None

@@ -98,7 +98,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """An uninterrupted run on the digits."""
+    """An uninterrupted run on the letters."""
     from ref.train import main
 
     from .small import command

@@ -1,4 +1,4 @@
-"""What the tests train: the digits with few samples and steps, and the large presets on tiny pipelines."""
+"""What the tests train: the letters with few samples and steps, and the large presets on tiny pipelines."""
 
 import dataclasses
 from pathlib import Path
@@ -9,26 +9,28 @@ from ref.models.load import load
 from ref.options import Pipeline
 from ref.presets import PRESETS
 from ref.settings import Settings
-from ref.worlds import digits
+from ref.worlds import letters
 
 from .tools import flags
 
-# the digits as Python trains them
+# the letters as Python trains them
 SMALL = Settings(iterations=2, groups=4, group_size=3, updates=2, steps=4, lr=3e-3, clip=1e-2, seed=7)
-PROMPTS = digits.PROMPTS[:6]
+PROMPTS = letters.PROMPTS[:6]
 
-# the digits as the command trains them
-TINY = dict(iterations=4, groups=3, group_size=2, updates=1, steps=3, window=1)
-DIGITS_SETTINGS = dataclasses.replace(PRESETS["digits"].settings, **TINY)
+# the letters as the command trains them
+TINY = dict(iterations=4, groups=3, group_size=2, updates=1, steps=3, window=1, images_per_prompt=2)
+LETTERS_SETTINGS = dataclasses.replace(PRESETS["letters"].settings, **TINY)
 
 # the large presets, on the fixture `world`
 PRESET = {"sd3": "sd35_medium", "flux": "flux_dev"}
 TRAINING = ["a cat on a mat", "two red apples", 'a sign that says "hello"']
-LARGE_SETTINGS = dict(iterations=2, groups=2, group_size=2, updates=1, micro_batch=3, steps=3, lr=1e-2)
+LARGE_SETTINGS = dict(
+    iterations=2, groups=2, group_size=2, updates=1, micro_batch=3, steps=3, lr=1e-2, images_per_prompt=2
+)
 
 
 def small_model():
-    model, reward, phi, _ = digits.load()
+    model, reward, phi, _ = letters.load()
     model.add_lora(4, 8)
     return model, reward, phi
 
@@ -37,7 +39,7 @@ def a_model(kind, world):
     """A model and four prompts. The tiny SD3 is guided: two branches in one pass."""
     if kind == "mixture":
         return PRESETS["mixture"].task().model, [""] * 4
-    if kind == "digits":
+    if kind == "letters":
         return small_model()[0], PROMPTS[:4]
     prompts = [*TRAINING, "a house"]
     return load(
@@ -45,7 +47,7 @@ def a_model(kind, world):
     ), prompts
 
 
-def command(folder, *extra, method="pec", preset="digits"):
+def command(folder, *extra, method="pec", preset="letters"):
     return ["--preset", preset, "--method", method, "--output-dir", str(folder), *flags(TINY), *extra]
 
 
@@ -61,8 +63,8 @@ def same(a, b):
 def options(world: Path, kind: str) -> dict:
     return dict(
         model=str(world / kind), reward=f"pickscore={world / 'clip'}", prompts=str(world / "train.txt"),
-        evaluation_prompts=str(world / "evaluation.jsonl"), evaluation_steps=2, images_per_prompt=2, height=32,
-        width=32, max_sequence_length=16, lora_rank=4, cache_dir=world / "cache",
+        evaluation_prompts=str(world / "evaluation.jsonl"), evaluation_steps=2, height=32, width=32,
+        max_sequence_length=16, lora_rank=4, cache_dir=world / "cache",
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def test_the_contract_is_kept():
     [
         ("schedule", "from ref.policy import rollout", "Arrows run downwards"),
         ("methods", "from ref.scoring.load import load_reward", "Arrows run downwards"),
-        ("models/sd3", "from ref.worlds.digits import data", "Arrows run downwards"),
+        ("models/sd3", "from ref.worlds.letters import data", "Arrows run downwards"),
         ("scale/memory", "def f():\n    from ref.grpo import train", "Arrows run downwards"),
         ("scoring/reward", "from ref.scoring.rules import OCR", "No circle anywhere"),
         ("metrics", "import matplotlib.pyplot", "Only the figures draw"),

@@ -25,7 +25,7 @@ from ref.schedule import FlowSchedule, time_grid
 from ref.scoring.load import WeightedSum
 from ref.scoring.reward import Reward
 from ref.settings import Settings
-from ref.worlds import digits
+from ref.worlds import letters
 
 from .small import PROMPTS, SMALL, a_model, small_model
 
@@ -114,11 +114,11 @@ def test_every_member_of_a_group_is_scored_for_its_own_prompt():
 
     def reward(images, prompts):
         seen.append(prompts)
-        return torch.tensor([float(digits.label(p)) for p in prompts])
+        return torch.tensor([float(letters.label(p)) for p in prompts])
 
     model, _, phi = small_model()
     state = next(train(model, PROMPTS, reward, phi, METHODS["flow_grpo"](), SMALL))
-    expected = [digits.label(p) for p in pick_prompts(PROMPTS, SMALL, 0)]
+    expected = [letters.label(p) for p in pick_prompts(PROMPTS, SMALL, 0)]
     assert state.reward.tolist() == [[float(c)] * SMALL.group_size for c in expected]
     assert (state.advantages == 0).all()  # no spread within any group: no advantage, not NaN
 
@@ -144,7 +144,7 @@ def flat_but_for(prompts):
     return lambda images, asked: images.flatten(1).mean(1) * torch.tensor([float(p in prompts) for p in asked])
 
 
-@pytest.mark.parametrize("kind, micro_batch, left", [("digits", 5, 7), ("sd3", 2, 6), ("flux", 5, 7)])
+@pytest.mark.parametrize("kind, micro_batch, left", [("letters", 5, 7), ("sd3", 2, 6), ("flux", 5, 7)])
 def test_samples_without_advantage_are_not_trained_on(kind, micro_batch, left, world):
     """Two groups of four are flat: half the passes, the same gradient, and the ratio exactly 1 in another order.
 

@@ -43,8 +43,8 @@ def test_help_shows_every_comment_and_the_presets_defaults(preset, capsys):
 
 @pytest.mark.parametrize("name, value", [("lr", 0.01), ("groups", 7), ("std_normalize", False), ("omega", "variance")])
 def test_constructor_and_command_line_are_the_same_declaration(name, value):
-    settings = dataclasses.replace(PRESETS["digits"].settings, **{name: value})
-    assert asked(Run, "ref.train", ["--preset", "digits", *START, *flags({name: value})]).settings == settings
+    settings = dataclasses.replace(PRESETS["letters"].settings, **{name: value})
+    assert asked(Run, "ref.train", ["--preset", "letters", *START, *flags({name: value})]).settings == settings
 
 
 @pytest.mark.parametrize("name, value", [("height", 768), ("tiling", True), ("shift", 2.5), ("reward", "ocr")])
@@ -68,7 +68,7 @@ def test_constructor_command_line_and_record_refuse_in_the_same_words(name, valu
     with pytest.raises(ValueError, match=rf"^{name} must be [^\n]*, got {value}$") as caught:
         Settings(**{name: value})
     words = str(caught.value)
-    line = refusal(main, ["--preset", "digits", *START, f"--{name.replace('_', '-')}", value], capsys)
+    line = refusal(main, ["--preset", "letters", *START, f"--{name.replace('_', '-')}", value], capsys)
     assert words in line
     record = json.loads((finished / "run.json").read_text())
     record["settings"][name] = value
@@ -81,7 +81,7 @@ def test_unknown_names_are_refused_everywhere(finished, tmp_path, capsys):
         Settings(learning_rate=1e-3)
     with pytest.raises(ValueError, match="^there is no option hight$"):
         Pipeline(hight=512)
-    line = refusal(main, ["--preset", "digits", *START, "--group-siz", "4"], capsys)
+    line = refusal(main, ["--preset", "letters", *START, "--group-siz", "4"], capsys)
     assert "--group-siz" in line and "Perhaps you meant: --group-size" in line
     record = json.loads((finished / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(record | {"wieght": 1.0}))
@@ -90,14 +90,14 @@ def test_unknown_names_are_refused_everywhere(finished, tmp_path, capsys):
 
 
 def test_booleans_are_flags(capsys):
-    read = lambda *more: asked(Run, "ref.train", ["--preset", "digits", *START, *more]).settings  # noqa: E731
+    read = lambda *more: asked(Run, "ref.train", ["--preset", "letters", *START, *more]).settings  # noqa: E731
     assert read().std_normalize and read("--std-normalize").std_normalize
     assert not read("--no-std-normalize").std_normalize and read("--same-noise").same_noise
-    assert "True" in refusal(main, ["--preset", "digits", *START, "--std-normalize", "True"], capsys)
+    assert "True" in refusal(main, ["--preset", "letters", *START, "--std-normalize", "True"], capsys)
 
 
 def test_what_is_missing_is_named(capsys):
-    line = refusal(main, ["--preset", "digits"], capsys)
+    line = refusal(main, ["--preset", "letters"], capsys)
     assert "missing" in line and "--method" in line and "--output-dir" in line
 
 
@@ -111,7 +111,7 @@ def test_a_refusal_is_one_line_however_the_box_is_drawn():
 def test_a_record_gives_back_the_run_that_was_asked_for(tmp_path, finished):
     wanted = asked(Run, "ref.train", command(tmp_path, "--save-every", "1"))
     found = recorded(finished)
-    assert found.settings == wanted.settings and (found.preset, found.method) == ("digits", "pec")
+    assert found.settings == wanted.settings and (found.preset, found.method) == ("letters", "pec")
 
 
 def test_resume_needs_nothing_repeated(finished, tmp_path):
@@ -144,7 +144,7 @@ def test_resume_refuses_what_contradicts_the_record_by_name(option, value, was, 
 
 @pytest.mark.parametrize("option, value", [("preset", "mixture"), ("preset", "flux_dev"), ("method", "flow_grpo")])
 def test_resume_names_another_preset_or_method(option, value, finished, capsys):
-    was = {"preset": "digits", "method": "pec"}[option]
+    was = {"preset": "letters", "method": "pec"}[option]
     line = refusal(main, ["--resume", "--output-dir", finished, f"--{option}", value], capsys)
     assert f"holds a run with {option} = {was}, not {value}" in line
 

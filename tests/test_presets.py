@@ -118,7 +118,7 @@ def test_presets_are_what_they_are_named_after():
     assert PRESETS["flux_dev_720"].settings.trainable_steps == 10
     targets = {name: PRESETS[name].options.lora_targets for name in LARGE}
     assert {name for name, chosen in targets.items() if chosen == "attention"} == {"flux_dance"}
-    for name in ("digits", "sd35_medium", "flux_dev"):
+    for name in ("letters", "sd35_medium", "flux_dev"):
         base, fast = (dataclasses.asdict(PRESETS[n].settings) for n in (name, f"{name}_fast"))
         differ = {key for key in base if base[key] != fast[key]}
         assert differ <= {"same_noise", "trained", "window", "tail_steps", "best_and_worst"}
@@ -152,8 +152,8 @@ def test_bad_input_gets_one_line(case, world, tmp_path, capsys):
 
 
 def test_toys_refuse_the_options_of_the_large(tmp_path, capsys):
-    command = ["--preset", "digits", "--method", "pec", "--output-dir", tmp_path, "--model", "x"]
-    assert "preset digits takes no model" in refusal(main, command, capsys)
+    command = ["--preset", "letters", "--method", "pec", "--output-dir", tmp_path, "--model", "x"]
+    assert "preset letters takes no model" in refusal(main, command, capsys)
 
 
 def test_bfloat16_and_checkpointing_keep_the_ratio_at_exactly_one(world, tmp_path, monkeypatch):

@@ -90,8 +90,8 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path):
     [
         (["--preset", "sd35_medium", "--push-to-hub", "me/weights"], "not logged in to the hub; run `hf auth login`"),
         (["--preset", "sd35_medium", "--push-to-hub", "weights"], "--push-to-hub wants OWNER/NAME, got 'weights'"),
-        (["--preset", "digits", "--push-to-hub", "me/weights"], "preset digits has nothing for the hub"),
-        (["--preset", "digits", "--device", "mps"], "there is no mps device here; choose --device "),
+        (["--preset", "letters", "--push-to-hub", "me/weights"], "preset letters has nothing for the hub"),
+        (["--preset", "letters", "--device", "mps"], "there is no mps device here; choose --device "),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from ref.policy import rollout
 from ref.sampling import chunks, generator_for, pick_prompts, placed, sample
 from ref.schedule import FlowSchedule, time_grid
 from ref.settings import Settings
-from ref.worlds import digits
+from ref.worlds import letters
 
 from .small import PROMPTS, SMALL, a_model, small_model
 
@@ -38,15 +38,15 @@ def test_a_nan_reward_or_feature_is_named_with_its_prompt():
         return values
 
     broken.name = "broken reward"
-    with pytest.raises(ValueError, match="broken reward returned a NaN.*a handwritten"):
+    with pytest.raises(ValueError, match="broken reward returned a NaN.*a letter"):
         next(train(model, PROMPTS, broken, phi, METHODS["flow_grpo"](), SMALL))
 
 
 def test_micro_batch_zero_is_refused_where_nobody_found_it():
-    model, reward, phi, _ = digits.load()
+    model, reward, phi, _ = letters.load()
     model.add_lora(4, 8)
     with pytest.raises(ValueError, match="let scale.microbatch find it first"):
-        next(train(model, digits.PROMPTS, reward, phi, METHODS["flow_grpo"](), Settings(micro_batch=0)))
+        next(train(model, letters.PROMPTS, reward, phi, METHODS["flow_grpo"](), Settings(micro_batch=0)))
 
 
 def starts(iterations, **changes):
@@ -92,7 +92,7 @@ def each_alone(model, prompts, K, schedule, layout):
 
 
 @pytest.mark.parametrize("micro_batch", [2, 5])
-@pytest.mark.parametrize("kind", ["mixture", "digits", "sd3", "flux"])
+@pytest.mark.parametrize("kind", ["mixture", "letters", "sd3", "flux"])
 def test_one_walks_for_its_group_until_the_window(kind, micro_batch, world):
     """The same bits as the long way where the passes have the same shape; else its numbers, and fewer passes.
 
@@ -117,7 +117,7 @@ def test_one_walks_for_its_group_until_the_window(kind, micro_batch, world):
     assert torch.equal(groups[:3], groups[:3, :, :1].expand_as(groups[:3]))
     assert not torch.equal(groups[3, :, 0], groups[3, :, 1])
     two = sample(model, prompts[2:], K, schedule, (0,), list(torch.arange(2 * K).split(micro_batch)), [2, 3], True)
-    if micro_batch == 2 and kind != "digits":  # another process's groups; the digits' captions are encoded together
+    if micro_batch == 2 and kind != "letters":  # another process's groups; the letters' captions are encoded together
         assert torch.equal(two.trajectory.x, found.x[:, 2 * K :])
 
 

@@ -1,4 +1,4 @@
-"""The command, end to end on the digits: what it writes, what it refuses."""
+"""The command, end to end on the letters: what it writes, what it refuses."""
 
 import json
 
@@ -8,9 +8,9 @@ import torch
 from ref.policy import rollout
 from ref.scale import checkpoint
 from ref.train import main, run
-from ref.worlds import digits
+from ref.worlds import letters
 
-from .small import DIGITS_SETTINGS, command
+from .small import LETTERS_SETTINGS, command
 from .tools import refusal
 
 
@@ -29,17 +29,17 @@ def test_saved_lora_gives_the_same_images_in_the_stock_pipeline(finished):
     from diffusers import StableDiffusion3Pipeline
 
     state = checkpoint.load_latest(finished)
-    ours, _, _, _ = digits.load()
+    ours, _, _, _ = letters.load()
     ours.add_lora(16, 32)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if name in state["weights"]:
                 parameter.copy_(state["weights"][name])
-    cond = ours.encode(digits.PROMPTS[:3])
+    cond = ours.encode(letters.PROMPTS[:3])
     noise = torch.randn(3, *ours.latent_shape, generator=torch.Generator().manual_seed(0))
     path = rollout(lambda x, sigma: ours.velocity(x, sigma, cond), ours.schedule(6).ode(), noise)
 
-    base, _, _, _ = digits.load()
+    base, _, _, _ = letters.load()
     missing = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     pipe = StableDiffusion3Pipeline(base.transformer, base.scheduler, base.vae, **dict.fromkeys(missing))
     pipe.set_progress_bar_config(disable=True)
@@ -47,7 +47,7 @@ def test_saved_lora_gives_the_same_images_in_the_stock_pipeline(finished):
     def images():
         return pipe(
             prompt_embeds=cond["prompt_embeds"], pooled_prompt_embeds=cond["pooled_prompt_embeds"], latents=noise,
-            num_inference_steps=6, guidance_scale=1.0, height=8, width=8, output_type="pt",
+            num_inference_steps=6, guidance_scale=1.0, height=32, width=32, output_type="pt",
         ).images  # fmt: skip
 
     before = images()
@@ -94,7 +94,7 @@ def test_a_directory_with_another_run_is_refused(finished, capsys):
     ):
         assert message in refusal(main, command(finished, "--resume", *extra, method=method), capsys)
     with pytest.raises(ValueError, match="unknown tracker 'clipboard'"):
-        run("digits", "pec", finished, settings=DIGITS_SETTINGS, resume=True, log_with="clipboard")
+        run("letters", "pec", finished, settings=LETTERS_SETTINGS, resume=True, log_with="clipboard")
     assert sorted(p.name for p in finished.iterdir()) == before
 
 

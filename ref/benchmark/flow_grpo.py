@@ -24,6 +24,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from ref.presets import Task
 from ref.sampling import chunks, generator_for, pick_prompts, placed
 from ref.scale.weights import assign, copied, trainable
 from ref.settings import Settings
+
+T = TypeVar("T")
 
 FAST = dict(window=3, trained=0.5)  # Flow-GRPO-Fast's steps
 
@@ -159,7 +162,7 @@ def our_iteration(loop, settings: Settings) -> dict:
     }
 
 
-def timed(work: Callable) -> tuple[float, object]:
+def timed(work: Callable[[], T]) -> tuple[float, T]:
     """Seconds that it takes, and what it returns.
 
     Without a GPU they are seconds of computing: with one thread those of the clock, had the machine nothing else to do.

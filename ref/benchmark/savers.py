@@ -209,9 +209,6 @@ def race(task: Task, preset: str, settings: Settings, target: float, seeds: int)
             assign(trainable(task.model), weights)
             own = dataclasses.replace(own, seed=seed)
             state, rewards, spent = start(task.model, own), [], 0.0
-            calibrate_on(
-                state, task.prompts, task.encoder, settings
-            )  # Flow-GRPO needs none: not timed, and the shorter one
             loop = train(
                 task.model, task.prompts, task.reward, task.encoder, METHODS["flow_grpo"](clip=own.clip), own, state
             )

@@ -9,7 +9,7 @@ The trainer knows a model by six things, whatever its size:
     schedule(steps, **kernel)  -> the policy on the model's own time grid
     reference()                -> a context in which velocity is that of the base model
 
-`load.load` fills them with SD3.5-Medium, FLUX.1-dev or any pipeline of their classes; `worlds/digits.py` fills `SD3`
+`load.load` fills them with SD3.5-Medium, FLUX.1-dev or any pipeline of their classes; `worlds/letters` fills `SD3`
 with a model of 1.3 million weights. diffusers' transformers predict the rectified-flow velocity
 eps - x_data, so no sign or scale stands between them and `schedule.py`.
 

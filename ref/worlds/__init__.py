@@ -3,9 +3,6 @@
 mixture          Gaussian mixtures with the exact velocity; the replicator flow
 two_modes        two modes under PEC and GRPO, exactly, at finite group size
 many_modes       many modes likewise: PEC is sparsemax, the kernel softmax
-captions         words in place of text encoders
-digits           SD3's own classes on scanned digits: model, reward, phi, judge
-digits_base      the training of their base weights
 letters          SD3's own classes on coloured capitals of 360 free typefaces, judged by RapidOCR
 figures          pictures of these worlds
 """

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ref.figures import circle, curve, panels
+from ref.figures import circle, color_of, curve, label, panels
 
 
 def rivers(flows: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], modes: Tensor | None = None) -> Figure:
@@ -322,4 +322,24 @@ def sparsemax_support(
     for m, color in palette.items():
         axes[0, -1].plot([], [], color=color, lw=2, label=f"{reward[m]:.2f}")
     axes[0, -1].legend(title="reward", frameon=False, fontsize=8, title_fontsize=8, loc="upper right")
+    return figure
+
+
+def shares_kept(runs: dict[str, dict[str, list[float]]]) -> Figure:
+    """How much of the base model's diversity is left, by what it is measured in: a dot for each seed, a bar at the mean.
+
+    runs: name (METHOD[@SPACE][/ENCODER][:WEIGHT], see `figures.label`) -> column -> shares over seeds.
+    """
+    figure, axis = panels(1, 1, width=6.6, height=4.2)
+    columns = list(next(iter(runs.values())))
+    for n, (name, shares) in enumerate(runs.items()):
+        for row, column in enumerate(columns):
+            y = row + 0.7 * ((n + 0.5) / len(runs) - 0.5)
+            values = shares[column]
+            axis.scatter(values, [y] * len(values), s=12, color=color_of(name), alpha=0.5, lw=0)
+            axis.plot([sum(values) / len(values)] * 2, [y - 0.08, y + 0.08], color=color_of(name), lw=3, label=label(name) if row == 0 else None)  # fmt: skip
+    axis.axvline(1, color="#7f7f7f", ls=":", lw=1.2)
+    axis.set(xlabel="share of the base model's", yticks=range(len(columns)), yticklabels=columns, xlim=(0, None))
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -32,9 +32,9 @@ def test_flops_of_a_linear_model():
 
 
 def test_every_phase_is_measured():
-    digits = PRESETS["digits"]
+    letters = PRESETS["letters"]
     result = benchmark(
-        digits.task(), dataclasses.replace(digits.settings, groups=2, group_size=2, steps=3, window=1), 3, 1
+        letters.task(), dataclasses.replace(letters.settings, groups=2, group_size=2, steps=3, window=1), 3, 1
     )
     for phases in result["phases"].values():
         assert set(phases) >= {"seconds", "encode", "sample", "decode", "reward", "features", "update", "checkpoint"}
@@ -62,13 +62,13 @@ def test_expected_passes_counted_by_hand(changes, drawn, trained):
 
 
 def test_the_hook_counts_what_is_expected():
-    """The digits, whose one place for a window leaves nothing to chance."""
-    digits = PRESETS["digits"]
+    """The letters, whose one place for a window leaves nothing to chance."""
+    letters = PRESETS["letters"]
     own = dict(
         groups=2, group_size=4, updates=1, steps=4, window=2, trained=0.5, tail_steps=1, micro_batch=4, same_noise=True
     )
-    settings = dataclasses.replace(digits.settings, best_and_worst=2, **own)
-    result = benchmark(digits.task(), settings, 3, 1)
+    settings = dataclasses.replace(letters.settings, best_and_worst=2, **own)
+    result = benchmark(letters.task(), settings, 3, 1)
     assert tuple(result["passes"].values()) == expected_passes(settings) == (3, 1)
 
 

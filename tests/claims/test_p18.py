@@ -130,7 +130,7 @@ def test_p18_more_steps_can_be_worse():
 
 @pytest.mark.claim("P18")
 def test_p18_presets():
-    """Which recipe is stable for which width of the data: mixture, digits, FLUX for all; SD3's own grid for s >= 0.0691.
+    """Which recipe is stable for which width of the data: mixture, letters, FLUX for all; SD3's own grid for s >= 0.0691.
 
     SD3's scheduler ends at sigma = 0.0089, one step after 0.278: too late to remove that step's noise of std 0.225.
     One more deterministic step, or time_grid(10, 3), cures it.
@@ -144,7 +144,7 @@ def test_p18_presets():
     def worst(grid, s=1e-7):
         return variance_recursion(grid, s)[1][list(grid.steps)].max().item()
 
-    for preset, shift in (("mixture", 1.0), ("digits", 1.0), ("flux_dev", 1.0), ("flux_dev", 1.8776), ("flux_dev_720", 3.0)):  # fmt: skip
+    for preset, shift in (("mixture", 1.0), ("letters", 1.0), ("flux_dev", 1.0), ("flux_dev", 1.8776), ("flux_dev_720", 3.0)):  # fmt: skip
         grid, steps = of(preset, time_grid(PRESETS[preset].settings.steps, shift))
         assert worst(grid) < 1 and len(grid) == steps
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)

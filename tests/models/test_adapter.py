@@ -12,7 +12,7 @@ from ref.sampling import sample
 from ref.scale.weights import trainable
 from ref.schedule import time_grid
 from ref.settings import Settings
-from ref.worlds import digits
+from ref.worlds import letters
 
 from ..small import PROMPTS as CAPTIONS
 from ..small import small_model
@@ -244,7 +244,7 @@ def test_out_of_memory_says_where_and_what_to_change(folders):
 
 
 def test_lora_starts_at_the_base_model_and_reference_switches_it_off():
-    base, _, _, _ = digits.load()
+    base, _, _, _ = letters.load()
     model, _, _ = small_model()
     cond, x = (
         model.encode(CAPTIONS[:2]),
@@ -263,7 +263,7 @@ def test_lora_starts_at_the_base_model_and_reference_switches_it_off():
 
 
 def test_guidance_is_one_forward_of_both_and_reduces_to_its_parts():
-    model, _, _, _ = digits.load()
+    model, _, _, _ = letters.load()
     cond, x = (
         model.encode(CAPTIONS[:2]),
         torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0)),

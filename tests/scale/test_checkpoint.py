@@ -14,7 +14,7 @@ import pytest
 from ref.scale import checkpoint
 from ref.train import main, run
 
-from ..small import DIGITS_SETTINGS, command, same
+from ..small import LETTERS_SETTINGS, command, same
 
 
 def started(folder, *extra):
@@ -65,7 +65,7 @@ def test_sigterm_saves_at_once_and_ends_with_exit_code_0(tmp_path):
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, capsys):
-    run("digits", "pec", tmp_path, settings=DIGITS_SETTINGS, save_every=1, progress=False)
+    run("letters", "pec", tmp_path, settings=LETTERS_SETTINGS, save_every=1, progress=False)
     newest = checkpoint.checkpoints(tmp_path)[0]
     newest.write_bytes(newest.read_bytes()[:1000])
     assert main(command(tmp_path, "--resume")) == 0

@@ -30,7 +30,7 @@ from .tools import PROMPTS, gradients, launch, order_of_sums
 def options(world: Path, kind: str, **changes) -> Pipeline:
     return Pipeline(
         model=str(world / kind), reward=f"pickscore={world / 'clip'}", prompts=str(world / "train.txt"),
-        evaluation_prompts=str(world / "train.txt"), evaluation_steps=2, images_per_prompt=16, height=32, width=32,
+        evaluation_prompts=str(world / "train.txt"), evaluation_steps=2, height=32, width=32,
         max_sequence_length=16, lora_rank=0, decode_batch=16, cache_dir=world / "cache", **changes,
     )  # fmt: skip
 
@@ -41,7 +41,18 @@ def small(preset: str, **changes):
     Every network sees batches of one size however many processes there are (16 samples, 16 images to decode, 32 to
     encode): the same kernels on the same shapes, so that only the order in which gradients are added up differs.
     """
-    values = dict(groups=4, group_size=16, updates=1, micro_batch=16, steps=3, grad_clip=0.05, ema=0.5, ema_every=1, iterations=2)
+    values = dict(
+        groups=4,
+        group_size=16,
+        updates=1,
+        micro_batch=16,
+        images_per_prompt=16,
+        steps=3,
+        grad_clip=0.05,
+        ema=0.5,
+        ema_every=1,
+        iterations=2,
+    )
     return dataclasses.replace(PRESETS[preset].settings, **values | changes)
 
 

@@ -8,14 +8,18 @@ as masks of 32 x 32 pixels, in random ink on random paper, captioned "a letter A
     python -m ref.worlds.letters.fonts DIR   # draws the masks again from Debian's font packages (minutes)
     python -m ref.worlds.letters.quality     # the base model beside its data
 
-**Reward.** What RLHF has: a hidden rater (`utility`: legible, heavy, contrasty) chose among pairs of renders,
+**Reward.** What RLHF has: a hidden rater (`utility`: legible, heavy, contrasty) chose among pairs of the base model's samples,
 and a network learnt to predict the choices (`Preference`). It can be over-optimised. A second network, trained on
 other pairs, and the rater's own utility are held out. `Lean` is another reward, a rule: ink to the right of the
 middle, read by RapidOCR. The base model rarely meets it, and every face and every hue can.
 
 **Perceptual space.** phi is trained contrastively (SimCLR, arXiv 2002.05709) to tell one picture from others of
 the same letter, in the same colours or the same face, whatever noise, blur, compression and blotches do to it:
-it sees the face and the hues and is blind to what a policy could spoil a picture with.
+it sees the face and the hues and is blind to what a policy could spoil a picture with. Of base samples it spreads 8
+directions; `sharp`, the same at the usual low temperature, 32: there all pictures are about equally far apart, and PEC
+has little to choose between.
+
+**Words** (captions.py) stand in place of text encoders.
 
 **Judges** (judges.py). RapidOCR's recogniser, which nobody here trained, says how many letters are
 read; a classifier of typefaces says how many faces are drawn.
@@ -24,7 +28,7 @@ read; a classifier of typefaces says how many faces are drawn.
 from pathlib import Path
 
 from ref.models.sd3 import SD3
-from ref.worlds.captions import CaptionEncoder
+from ref.worlds.letters.captions import CaptionEncoder
 from ref.worlds.letters.data import LETTERS, PROMPTS, WEIGHTS, label, labels, masks, paint, palettes, renders
 from ref.worlds.letters.judges import Judge, Lean, Phi, Preference, ink, measures, read_head, read_heads, right, spaces
 

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,7 +29,7 @@ from ref.scale.checkpoint import atomic_write
 from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.settings import in_one_line
-from ref.worlds.captions import CaptionEncoder
+from ref.worlds.letters.captions import CaptionEncoder
 from ref.worlds.letters import VOCABULARY, load_model
 from ref.worlds.letters.data import LETTERS, PROMPTS, SIDE, labels, masks, paint, palettes, renders
 from ref.worlds.letters.judges import Faces, Phi, Preference, Rater, read_head
@@ -183,11 +184,12 @@ def make_flow(training: Training, folder: Path, batch: int = 160, pool: int = 16
     training.fit(trained, loss, export, average)
 
 
-def make_phi(training: Training, folder: Path) -> None:
+def make_phi(training: Training, folder: Path, temperature: float = 1.0) -> None:
     """The perceptual encoder, by SimCLR: two spoilt views of a picture attract, all others repel.
 
     A batch is one letter in 32 faces, each in the same 8 palettes, so neither hue nor face nor letter alone
-    tells its pictures apart.
+    tells its pictures apart. A low temperature drives all pictures equally far apart, however alike they are; at 1 what
+    is alike stays near.
     """
     phi, g = Phi(), training.generator
     every = masks()
@@ -198,10 +200,10 @@ def make_phi(training: Training, folder: Path) -> None:
         ink, paper = (colour.repeat(32, 1) for colour in palettes(8, g))
         images = paint(every[faces, letter], ink, paper)
         features = torch.cat([phi(spoil(images, g)) for _ in range(2)])
-        logits = (features @ features.T / 0.2).fill_diagonal_(-torch.inf)
+        logits = (features @ features.T / temperature).fill_diagonal_(-torch.inf)
         return F.cross_entropy(logits, torch.arange(512).roll(256))
 
-    training.fit(phi, loss, lambda: ship_head(phi, folder / "phi.safetensors"))
+    training.fit(phi, loss, lambda: ship_head(phi, folder / f"{training.part}.safetensors"))
 
 
 def make_rater(training: Training, folder: Path) -> None:
@@ -269,13 +271,15 @@ def make_faces(training: Training, folder: Path) -> None:
 MAKERS = {  # part: what makes it, steps, learning rate, seed
     "vae": (make_vae, 4500, 5e-3, 4),
     "flow": (make_flow, 10000, 2e-3, 5),
-    "phi": (make_phi, 1000, 2e-3, 1),
+    "phi": (make_phi, 600, 2e-3, 1),
+    "sharp": (partial(make_phi, temperature=0.2), 1000, 2e-3, 1),
     "rater": (make_rater, 1000, 2e-3, 2),
     "preference": (make_preference, 1200, 1e-3, 3),
     "held_out": (make_preference, 1200, 1e-3, 6),
     "faces": (make_faces, 2000, 2e-3, 7),
 }
-Part = Literal["vae", "flow", "phi", "rater", "preference", "held_out", "faces"]
+FOLDERS = {"vae": "vae", "flow": "transformer"}  # of the parts that are more than a file
+Part = Literal["vae", "flow", "phi", "sharp", "rater", "preference", "held_out", "faces"]
 
 
 def make(
@@ -306,7 +310,10 @@ class Base(Options):
 def make_as_asked(arguments: list[str] | None) -> None:
     options = read(Base, "ref.worlds.letters.base", arguments)
     refuse_unwritable(options.output_dir / "config", "--output-dir")
-    there = [file for part in options.parts if (file := options.output_dir / "training" / f"{part}.pt").exists()]
+    names = [
+        name for part in options.parts for name in (f"training/{part}.pt", FOLDERS.get(part, f"{part}.safetensors"))
+    ]
+    there = [file for name in names if (file := options.output_dir / name).exists()]
     if there and not (options.resume or options.overwrite):
         raise ValueError(f"{there[0]} is there already; go on with --resume, or replace it with --overwrite")
     make(options.output_dir, options.parts, options.scale, options.seed, options.resume)

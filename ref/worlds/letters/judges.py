@@ -197,9 +197,9 @@ class Lean(nn.Module):
 
 
 def spaces(heads: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The three perceptual spaces: phi, the reward model's own, and the typefaces'."""
+    """The perceptual spaces: phi, the reward model's own, the typefaces', and phi as a low temperature trains it."""
     own, faces = PreferenceFeatures(heads["preference"]), FaceFeatures(heads["faces"])
-    return {"contrastive": heads["phi"], "preference": own, "faces": faces}
+    return {"contrastive": heads["phi"], "preference": own, "faces": faces, "sharp": heads["sharp"]}
 
 
 def measures(heads: dict[str, nn.Module], judge: Judge) -> dict[str, Callable[[Tensor, list[str]], float]]:
@@ -237,9 +237,9 @@ def read_head(network: nn.Module, file: Path) -> nn.Module:
 
 
 def read_heads(folder: Path) -> dict[str, nn.Module]:
-    """The networks that look, frozen: phi, rater, two preference models, faces."""
+    """The networks that look, frozen: two phi, rater, two preference models, faces."""
     heads = {
-        "phi": Phi(), "rater": Rater(), "preference": Preference(), "held_out": Preference(),
+        "phi": Phi(), "sharp": Phi(), "rater": Rater(), "preference": Preference(), "held_out": Preference(),
         "faces": Faces(len(masks())),
     }  # fmt: skip
     return {name: read_head(module, folder / f"{name}.safetensors") for name, module in heads.items()}
