@@ -86,6 +86,7 @@ class Settings:
     target_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # share of the base model's variance to hold (P19)
     stop_below_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # end the run when less than this share is kept
     omega: Literal["uniform", "variance"] = "uniform"  # weights over steps of PEC and PCVAE; variance: as s_i^2
+    images_per_prompt: Annotated[int, Ge(2), Le(1000)] | None = None  # of evaluations (None: the preset's)
     seed: int = 0
 
     @model_validator(mode="after")

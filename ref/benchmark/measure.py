@@ -1,6 +1,6 @@
 """What an iteration costs, where its time goes, and how far that is from what the machine can do.
 
-    python -m ref.benchmark --preset digits --json digits.json
+    python -m ref.benchmark --preset letters --json letters.json
     python -m ref.benchmark --preset sd35_medium --memory 80          # and every other option of ref.train
     python -m ref.benchmark --preset flux_dev --compare-flow-grpo     # see flow_grpo.py
 
