@@ -65,10 +65,10 @@ def asked(declared: type[Work], program: str, arguments: list[str] | None) -> Wo
     except argparse.ArgumentError:  # `read` will say what is wrong
         given = argparse.Namespace(preset=None, memory=None, output_dir=None, resume=False)
     values = dict.fromkeys((name for name, field in declared.model_fields.items() if field.is_required()), MISSING)
-    there = given.output_dir and (given.output_dir / directory.RECORD).exists()
+    there = given.resume and given.output_dir and (given.output_dir / directory.RECORD).exists()
     if given.resume and not there and not given.preset:
         raise ValueError(f"there is no run to continue in {given.output_dir}; give --preset and --method to start one")
-    if given.resume and there:
+    if there:
         values |= dict(recorded(given.output_dir))
         for name in ("preset", "method"):  # what else run.json says belongs to these
             if getattr(given, name) not in (None, values[name]):

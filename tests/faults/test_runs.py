@@ -132,8 +132,11 @@ def test_a_summary_that_cannot_be_used_is_made_again(summary, small_mixture, tmp
 @pytest.mark.parametrize(
     "change, words", [(["--seed", "1"], "seed = 2, not 1"), (["--iterations", "60"], "iterations = 1 ")]
 )
-def test_the_story_refuses_a_folder_of_other_settings_before_it_trains(change, words, tmp_path, capsys):
-    settings = dataclasses.replace(PRESETS["letters"].settings, iterations=1, seed=2)
+def test_the_story_refuses_a_folder_of_other_settings_before_it_trains(change, words, tmp_path, monkeypatch, capsys):
+    """At a rate that falls to 0 at the last iteration: one that stays lets more iterations go on."""
+    falling = dataclasses.replace(PRESETS["letters"].settings, lr_schedule="cosine")
+    monkeypatch.setitem(PRESETS, "letters", dataclasses.replace(PRESETS["letters"], settings=falling))
+    settings = dataclasses.replace(falling, iterations=1, seed=2)
     for method, weight in RUNS.items():
         directory.write_json(
             tmp_path / method / "run.json", runs.described("letters", method, weight, None, None, settings)
