@@ -55,11 +55,11 @@ from ref.train import run
 
 FORMAT = 2  # of summary.json: one of another format is not read, but made again from the run's checkpoint
 AGAIN = "the same command goes on"
-SPACES = ("contrastive", "preference", "faces", "sharp")  # of the letters
+SPACES = ("contrastive", "preference", "faces")  # of the letters, in which their diversity is measured
 ENCODERS = {
     "mixture": ("direction",),
-    "letters": SPACES,
-    "letters_rule": SPACES,
+    "letters": (*SPACES, "sharp"),
+    "letters_rule": (*SPACES, "sharp"),
 }  # the preset's own first
 
 # Quality and diversity columns with their formats; higher is better. The judge, and the spaces other
@@ -67,7 +67,7 @@ ENCODERS = {
 # run's own phi is in none of them where runs differ in phi. The first diversity column is the front's.
 LETTERS = (
     {"reward": ".3f", "held_out": ".3f", "utility": ".3f", "legibility": ".3f"},
-    {f"var_{space}": ".3f" for space in SPACES[:3]} | {"typefaces": ".1f", "colour": ".3f", "pixel_variance": ".1f"},
+    {f"var_{space}": ".3f" for space in SPACES} | {"typefaces": ".1f", "colour": ".3f", "pixel_variance": ".1f"},
 )
 COLUMNS = {
     "letters": LETTERS,

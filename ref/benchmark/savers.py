@@ -243,13 +243,12 @@ def print_savers(arguments: list[str] | None) -> None:
         refuse_unwritable(given.json_file, "--json")
     steps_to_the_twin(given.preset, given.settings, None)  # refuses before anything is loaded
     task = PRESETS[given.preset].task(given.encoder, given.options if given.preset in LARGE else None)
-    encode = None if given.race is not None else text_encoders(task.model)
     settings = fitted(task.model, task.prompts, given.settings)
     if given.race is not None:
         found = list(race(task, given.preset, settings, given.race, given.seeds))
         print_race(found)
     else:
-        found = savers(task, given.preset, settings, given.repeats, encode)
+        found = savers(task, given.preset, settings, given.repeats, text_encoders(task.model))
         print(table(found))
     if given.json_file:
         write_json(given.json_file, found)

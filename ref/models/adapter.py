@@ -10,7 +10,7 @@ The trainer knows a model by six things, whatever its size:
     reference()                -> a context in which velocity is that of the base model
 
 `load.load` fills them with SD3.5-Medium, FLUX.1-dev or any pipeline of their classes; `worlds/letters` fills `SD3`
-with a model of 1.3 million weights. diffusers' transformers predict the rectified-flow velocity
+with a model of 2.3 million weights. diffusers' transformers predict the rectified-flow velocity
 eps - x_data, so no sign or scale stands between them and `schedule.py`.
 
 **Precision.** Latents, time and velocity are float32. The transformer computes in `dtype` (bfloat16 on a

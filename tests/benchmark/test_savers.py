@@ -27,20 +27,7 @@ def test_the_last_row_is_the_twin(preset):
 
 
 def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
-    small = [
-        "--groups",
-        "2",
-        "--group-size",
-        "2",
-        "--micro-batch",
-        "2",
-        "--steps",
-        "7",
-        "--window",
-        "3",
-        "--repeats",
-        "3",
-    ]
+    small = "--groups 2 --group-size 2 --micro-batch 2 --steps 7 --window 3 --repeats 3".split()
     assert main(["--preset", "letters", *small, "--json", str(tmp_path / "s.json")]) == 0
     found = json.loads((tmp_path / "s.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}

@@ -28,7 +28,7 @@ read; a classifier of typefaces says how many faces are drawn.
 from pathlib import Path
 
 from ref.models.sd3 import SD3
-from ref.worlds.letters.captions import CaptionEncoder
+from ref.worlds.letters.captions import VOCABULARY, CaptionEncoder
 from ref.worlds.letters.data import LETTERS, PROMPTS, WEIGHTS, label, labels, masks, paint, palettes, renders
 from ref.worlds.letters.judges import Judge, Lean, Phi, Preference, ink, measures, read_head, read_heads, right, spaces
 
@@ -36,7 +36,6 @@ __all__ = [
     "LETTERS", "PROMPTS", "VOCABULARY", "WEIGHTS", "Judge", "Lean", "Phi", "Preference", "ink",
     "label", "labels", "load", "load_model", "masks", "measures", "paint", "palettes", "read_heads", "renders", "right", "spaces",
 ]  # fmt: skip
-VOCABULARY = ("", "a", "letter", *LETTERS)
 
 
 def load_model(folder: Path | str = WEIGHTS, guidance_scale: float = 1.0) -> SD3:
@@ -48,7 +47,7 @@ def load_model(folder: Path | str = WEIGHTS, guidance_scale: float = 1.0) -> SD3
         raise FileNotFoundError(
             f"no letters weights in {folder}; make them with: python -m ref.worlds.letters.base --output-dir {folder}"
         )
-    captions = read_head(CaptionEncoder(VOCABULARY), folder / "captions.safetensors")
+    captions = read_head(CaptionEncoder(), folder / "captions.safetensors")
     transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer").float()
     vae = AutoencoderKL.from_pretrained(folder / "vae").float()
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")

@@ -29,8 +29,8 @@ from ref.scale.checkpoint import atomic_write
 from ref.scale.paths import refuse_unwritable
 from ref.scale.signals import interruptible
 from ref.settings import in_one_line
+from ref.worlds.letters import load_model
 from ref.worlds.letters.captions import CaptionEncoder
-from ref.worlds.letters import VOCABULARY, load_model
 from ref.worlds.letters.data import LETTERS, PROMPTS, SIDE, labels, masks, paint, palettes, renders
 from ref.worlds.letters.judges import Faces, Phi, Preference, Rater, read_head
 from ref.worlds.letters.spoil import spoil
@@ -143,7 +143,7 @@ def make_flow(training: Training, folder: Path, batch: int = 160, pool: int = 16
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().requires_grad_(False)
-    captions = CaptionEncoder(VOCABULARY)
+    captions = CaptionEncoder()
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=16,
         num_attention_heads=8, joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=64,
@@ -279,7 +279,7 @@ MAKERS = {  # part: what makes it, steps, learning rate, seed
     "faces": (make_faces, 2000, 2e-3, 7),
 }
 FOLDERS = {"vae": "vae", "flow": "transformer"}  # of the parts that are more than a file
-Part = Literal["vae", "flow", "phi", "sharp", "rater", "preference", "held_out", "faces"]
+Part = Literal[tuple(MAKERS)]
 
 
 def make(

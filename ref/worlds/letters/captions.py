@@ -1,25 +1,29 @@
-"""What stands for SD3's text encoders in the small image worlds."""
+"""What stands for SD3's text encoders."""
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from ref.worlds.letters.data import LETTERS
+
+VOCABULARY = ("", "a", "letter", *LETTERS)  # the first is the empty caption, for guidance
+
 
 class CaptionEncoder(nn.Module):
-    """Word embeddings in place of SD3's CLIP and T5. The vocabulary's first word is the empty caption, for guidance."""
+    """Word embeddings in place of SD3's CLIP and T5."""
 
-    def __init__(self, vocabulary: tuple[str, ...], dim: int = 64, length: int = 3):
+    def __init__(self, dim: int = 64, length: int = 3):
         super().__init__()
-        self.vocabulary, self.length = vocabulary, length
-        self.words = nn.Embedding(len(vocabulary), dim)
+        self.length = length
+        self.words = nn.Embedding(len(VOCABULARY), dim)
         self.position = nn.Parameter(torch.zeros(length, dim))
         self.pool = nn.Linear(dim, dim)
 
     def tokens(self, prompts: list[str]) -> Int[Tensor, "B L"]:
-        unknown = {w for p in prompts for w in p.split()} - set(self.vocabulary)
+        unknown = {w for p in prompts for w in p.split()} - set(VOCABULARY)
         if unknown:
-            raise ValueError(f"unknown word {min(unknown)!r}; this model knows {', '.join(self.vocabulary[1:])}")
-        rows = [[self.vocabulary.index(w) for w in p.split()][: self.length] for p in prompts]
+            raise ValueError(f"unknown word {min(unknown)!r}; this model knows {', '.join(VOCABULARY[1:])}")
+        rows = [[VOCABULARY.index(w) for w in p.split()][: self.length] for p in prompts]
         return torch.tensor([row + [0] * (self.length - len(row)) for row in rows])
 
     def embed(self, tokens: Int[Tensor, "B L"]) -> dict[str, Tensor]:
