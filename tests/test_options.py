@@ -128,7 +128,7 @@ def test_resume_needs_nothing_repeated(finished, tmp_path):
 @pytest.mark.parametrize(
     "option, value, was",
     [
-        ("lr", 0.1, 0.004),
+        ("lr", 0.1, 0.002),
         ("seed", 5, 0),
         ("std_normalize", False, True),
         ("weight", 0.3, 0.05),

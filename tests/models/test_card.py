@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ref.presets import PRESETS
 from ref.train import main
 
 from ..small import LARGE_SETTINGS, PRESET, TRAINING, options
@@ -28,7 +29,8 @@ def test_the_saved_lora_and_its_card_work_in_the_stock_pipeline(kind, world, tmp
     pipe = DiffusionPipeline.from_pretrained(world / kind)
     base = draw(pipe)
     card = (tmp_path / "weights" / "README.md").read_text()
-    assert f"base_model: {world / kind}" in card and "| weight | `0.05` |" in card and "| ema | `0.9` |" in card
+    assert f"base_model: {world / kind}" in card and "| weight | `0.05` |" in card
+    assert f"| ema | `{PRESETS[PRESET[kind]].settings.ema}` |" in card
     assert all(f"]({name})" in card and (tmp_path / "weights" / name).exists() for name in ("before.png", "after.png"))
     [line] = [line for line in card.splitlines() if "load_lora_weights" in line]
     exec(line, {"pipe": pipe})

@@ -135,7 +135,7 @@ def test_python_hands_functions_over(preset, world, tmp_path):
     result = run(preset, "pec", tmp_path, reward=bright, encoder=pixels, **given)
     images = result["images"].flatten(1)
     assert result["final"]["reward"] == pytest.approx(images.mean(1).mean().item(), rel=1e-5)
-    groups = images.unflatten(0, (len(images) // (64 if preset == "mixture" else 2), -1))
+    groups = images.unflatten(0, (-1, settings.images_per_prompt))
     variance = groups.var(1, correction=1).sum(-1).mean().item()
     assert result["final"]["feature_variance"] == pytest.approx(variance, rel=1e-4)
     assert 4 in asked
