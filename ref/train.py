@@ -180,14 +180,15 @@ def run(
             evaluated[n] = numbers["reward"]
             return numbers, images
 
-        began, begun = time.perf_counter(), state.iteration
+        began, begun, judged = time.perf_counter(), state.iteration, None
         loop = train(task.model, task.prompts, task.reward, task.encoder, policy, settings, state)
         for state in (bars := bar(loop, f"{method:>12}", logged=True, total=settings.iterations, initial=begun)):
             n, entry = state.iteration, checkpoint.plain(state.metrics)
             if n == begun + 1 < settings.iterations:
                 say(clock(time.perf_counter() - began, settings.iterations - n))
-            if evaluate_every and n % evaluate_every == 0:
-                entry |= {f"eval_{name}": value for name, value in judge(n)[0].items()}
+            judged = judge(n) if evaluate_every and n % evaluate_every == 0 else None
+            if judged:
+                entry |= {f"eval_{name}": value for name, value in judged[0].items()}
             history = [*history, entry]
             accelerator.log(entry, step=n)
             bars.set_postfix(reward=f"{entry['reward']:.3f}", variance=f"{entry['feature_variance']:.3f}")
@@ -202,7 +203,7 @@ def run(
             keeper.save()
             why = f"the groups keep {state.kept:.3f} of the base model's feature variance"
             say(f"{why}: {directory.farewell(folder, again)} and a smaller --stop-below-diversity")
-        final, after = judge(state.iteration)
+        final, after = judged or judge(state.iteration)
         base |= {"diversity": 1.0, "diversity_sde": 1.0, "weight": 0.0}
         final |= held(base, final, history)
         seconds = sum(m["seconds"] for m in history)

@@ -46,8 +46,11 @@ def test_a_run_shows_a_plan_and_a_quiet_one_its_result_alone(tmp_path, capsys):
         assert "results in" in said.out
 
 
-def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path):
-    """The evaluations' rewards are given here, by one's own reward that knows them by their number of images."""
+def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path, capsys):
+    """The evaluations' rewards are given here, by one's own reward that knows them by their number of images.
+
+    Nothing is evaluated twice: there are no more of them than one a time.
+    """
 
     def rewards(*of_evaluations):
         left = iter(of_evaluations)
@@ -64,12 +67,12 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path):
     settings = dataclasses.replace(SMALL, iterations=3, lr=1e-3, clip=0.2)
     given = dict(progress=False, evaluate_every=1)
     result = run(
-        "mixture", "flow_grpo", tmp_path / "a", settings=settings, reward=rewards(0.1, 0.5, 0.9, 0.3, 0.3), **given
+        "mixture", "flow_grpo", tmp_path / "a", settings=settings, reward=rewards(0.1, 0.5, 0.9, 0.3), **given
     )
     assert result["best"] == {"iteration": 2, "reward": pytest.approx(0.9)}
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["best"]["iteration"] == 2
     two = dataclasses.replace(settings, iterations=2)
-    run("mixture", "flow_grpo", tmp_path / "b", settings=two, reward=rewards(0.1, 0.5, 0.9, 0.9), **given)
+    run("mixture", "flow_grpo", tmp_path / "b", settings=two, reward=rewards(0.1, 0.5, 0.9), **given)
     files = [path.name for path in (tmp_path / "a" / "best").iterdir()]
     assert files
     for name in files:
@@ -77,10 +80,12 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path):
         assert (
             best == (tmp_path / "b" / "weights" / name).read_bytes() != (tmp_path / "a" / "weights" / name).read_bytes()
         )
-    # continued where a worse one follows: what was best stays so
+    # continued in Python, where its reward is; a worse one follows, and what was best stays so
+    line = refusal(main, ["--output-dir", tmp_path / "a", "--resume"], capsys)
+    assert "holds a run with a reward from Python; continue it there: run(..., resume=True)" in line
     more = dataclasses.replace(settings, iterations=4)
     again = run(
-        "mixture", "flow_grpo", tmp_path / "a", settings=more, reward=rewards(0.1, 0.4, 0.4), resume=True, **given
+        "mixture", "flow_grpo", tmp_path / "a", settings=more, reward=rewards(0.1, 0.4), resume=True, **given
     )
     assert again["best"]["iteration"] == 2 and (tmp_path / "a" / "best" / name).read_bytes() == best
 
@@ -92,6 +97,7 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path):
         (["--preset", "sd35_medium", "--push-to-hub", "weights"], "--push-to-hub wants OWNER/NAME, got 'weights'"),
         (["--preset", "letters", "--push-to-hub", "me/weights"], "preset letters has nothing for the hub"),
         (["--preset", "letters", "--device", "mps"], "there is no mps device here; choose --device "),
+        (["--preset", "sd35_medium", "--per-reward"], "per_reward needs a sum of rewards, as in --reward pickscore:0.7+ocr"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):

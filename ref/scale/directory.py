@@ -146,7 +146,8 @@ def load(folder: Path, weights: dict[str, Tensor], averaged: bool, same: dict) -
     reached = saved["iteration"] if saved else 0
     if processes() > 1:
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        if over_processes(torch.tensor(float(reached), device=device), largest=True) != reached:
+        both = torch.tensor([[reached], [-reached]], dtype=torch.float32, device=device)
+        if sum(over_processes(each, largest=True) for each in both):  # the most and the least: all of them say so
             raise ValueError(f"not every process sees the checkpoints in {folder}; it must lie on a shared file system")
     return saved
 

@@ -104,6 +104,10 @@ def in_parts(world: Path) -> None:
             shutil.copy(world / "two" / file, world / "half" / file)
     torch.distributed.barrier()
     fine_tune(world, "half", resume=True)
+    try:  # as on two machines that share no folder
+        fine_tune(world, "two" if rank() == 0 else "nowhere", resume=True, iterations=3)
+    except ValueError as error:
+        (world / f"unshared-{rank()}.txt").write_text(str(error))
     gradient, metrics = from_one_start()
     torch.save((gradient, metrics), world / f"mixture-{rank()}.pt")
     state = on_a_gpu(world)
@@ -171,6 +175,10 @@ def test_full_fine_tuning_in_parts_is_that_of_one_process(tmp_path):
         assert all(torch.equal(value, resumed["optimizer"]["state"][n][key]) for key, value in moments.items())
     unlike = [{k: v for k, v in h[1].items() if not k.startswith("seconds")} for h in history[1:]]
     assert unlike[0] == unlike[1]
+    for n, folder in enumerate(("two", "nowhere")):  # said by both, and neither waits for the other
+        said = (tmp_path / f"unshared-{n}.txt").read_text()
+        assert said.startswith(f"not every process sees the checkpoints in {tmp_path / folder}; it must lie on a shared")
+    assert not (tmp_path / "nowhere").exists() and checkpoint.load_latest(tmp_path / "two")["iteration"] == 2
     fine_tune(tmp_path, "half", resume=True, iterations=3)
     assert checkpoint.load_latest(tmp_path / "half")["iteration"] == 3
 
