@@ -21,7 +21,7 @@
 # model take on a machine that you have not rented yet?
 #
 # **What you need.** Nothing: the notebook reads the JSON files that `python -m ref.benchmark ... --json` wrote on one
-# thread of a cloud CPU, in `data/costs`. **It takes** seconds. `REF_MEASURE=1` measures on your machine first, in 20
+# thread of a cloud CPU, in `data/costs`. **It takes** seconds. `REF_MEASURE=1` measures on your machine first, in 15
 # minutes on an idle core, with 1 GB of scratch disk. What a machine measures is *measured* below; what follows from
 # shapes alone is *computed*; one number is a *guess*, and is called one. No GPU was at hand.
 
@@ -34,6 +34,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from ref.policy import rollout
 from ref.presets import PRESETS
 from ref.worlds.letters import PROMPTS
 
+warnings.filterwarnings("ignore", "IProgress not found")
 COSTS = Path("data/costs")
 
 # %% [markdown]
@@ -230,7 +232,7 @@ for preset in most:
 figures.on_paper(found["counted_flops"], seconds, most, RATE)
 
 # %% [markdown]
-# Twice the side is four times the image tokens, but 3 to 5 times the work: at 256 px many tokens are text (128 of T5, for
+# Twice the side is four times the image tokens, but 2 to 5 times the work: at 256 px many tokens are text (128 of T5, for
 # `flux_dev_720` 512), at 1024 px attention has set in. A `window` of few steps saves
 # $B$s, and guidance 1 halves $F$ and $B$ on SD3.5.
 #
@@ -250,8 +252,9 @@ points = {
 figures.predicted_and_measured(points)
 
 # %% [markdown]
-# More steps and more images cost what they should. What the formula does not know is the fixed cost of starting operations:
-# it is why ten samples at a time are slower above, $u$ hides it, and a large model does not have it. Measured on an earlier version and not again: the wide SD3 at 128, 256 and 512 px took 1 : 1.55 : 4.75 in the rollout
+# More steps cost what they should, up to 2 %; twice as many small images 1.8 to 1.9 times: the rest is the fixed cost of
+# starting operations, which the formula does not know, $u$ hides, and a large model does not have.
+# Measured on an earlier version and not again: the wide SD3 at 128, 256 and 512 px took 1 : 1.55 : 4.75 in the rollout
 # (by the formula 1 : 1.8 : 5.5) and 1 : 1.6 : 5.8 in the update (1 : 1.8 : 5.6); two processes of one thread were 1.65
 # and 1.68 times as fast as one.
 #
@@ -264,9 +267,9 @@ figures.predicted_and_measured(points)
 # Layer norms are counted as CUDA's autocast takes them, in float32. What torch's allocator reserves on top is emulated in
 # `tests/no_kernels` (the table of `ref/presets.py`). Leave room.
 #
-# **8-bit AdamW** is left out: a LoRA's two moments are MOMENTS3 GiB on SD3.5-Medium and MOMENTSF on FLUX at rank 64. After
-# 5 steps the weights of bitsandbytes' had moved 0.026 of their way apart from AdamW's, those of torchao's 1.16, after 70 s
-# of compiling.
+# **8-bit AdamW** is left out: a LoRA's two moments are 0.14 GiB on SD3.5-Medium and 1.3 GiB on FLUX at rank 64. After 5
+# steps torchao's weights were 1.16 of the way that AdamW's had gone away from them, after 70 s of compiling; bitsandbytes'
+# 0.026.
 
 # %%
 footprints = {(row["model"], row["pixels"], row["rank"]): row for row in found["counted_memory"]}
@@ -296,7 +299,7 @@ figures.parts(whole)
 #
 # ## Summary
 #
-# - Rollout and update are the cost; PEC and PCVAE add about nothing, as $\phi$ sees each image once.
+# - Rollout and update are the cost; PEC and PCVAE add at most a few per cent, as $\phi$ sees each image once.
 # - At equal settings this loop takes as long as Flow-GRPO's order of work. Count passes: fast twins make fewer.
 # - Seconds follow $GK(NF+SB)$ where arithmetic takes the time; shapes alone give FLOPs and memory. No GPU has
 #   confirmed either.

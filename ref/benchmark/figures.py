@@ -84,8 +84,9 @@ def on_paper(
         for key, style in (("forward", "o-"), ("forward_and_backward", "o--")):
             if not preset.endswith("_720"):  # the same network
                 left.plot(sizes, [row[key] / 1e12 for row in mine], style, ms=4, mfc="white", color=color)
-                left.annotate(preset if style == "o-" else "and backward", (sizes[-1], mine[-1][key] / 1e12), (6, 0),
-                              textcoords="offset points", va="center", color=color, fontsize=9)  # fmt: skip
+                label, va = (preset, "bottom") if style == "o-" else ("and backward", "top")
+                left.annotate(label, (sizes[-1], mine[-1][key] / 1e12), (6, 0), textcoords="offset points", va=va,
+                              color=color, fontsize=9)  # fmt: skip
         gpus = [2**k for k in range(12) if 2**k < most[preset]] + [most[preset]]
         right.plot(gpus, [seconds(preset, n, rate) for n in gpus], "o-", ms=4, color=color, label=preset)
         low, high = ([seconds(preset, n, f * rate) for n in gpus] for f in (1.5, 0.5))
@@ -105,7 +106,7 @@ def on_paper(
 
 
 def predicted_and_measured(points: dict[str, dict[str, tuple[float, float, float, float]]]) -> Figure:
-    """The formula's ratios (rings) beside the clock's (dots, with quartiles).
+    """The formula's ratios (rings) beside those measured (dots, with quartiles).
 
     points: group -> change -> (predicted, measured, its low, its high).
     """
@@ -123,7 +124,7 @@ def predicted_and_measured(points: dict[str, dict[str, tuple[float, float, float
             ticks.append((y, change))
         y += 1
     axis.plot([], [], "o", ms=9, mfc="white", color="#7f7f7f", label="the formula")
-    axis.plot([], [], "o", ms=5, color="#c44e52", label="the clock")
+    axis.plot([], [], "o", ms=5, color="#c44e52", label="measured")
     axis.set_yticks(*zip(*ticks))
     for text in axis.get_yticklabels():
         text.set_fontweight("bold" if text.get_text() in points else "normal")

@@ -209,6 +209,7 @@ def race(task: Task, preset: str, settings: Settings, target: float, seeds: int)
             assign(trainable(task.model), weights)
             own = dataclasses.replace(own, seed=seed)
             state, rewards, spent = start(task.model, own), [], 0.0
+            calibrate_on(state, task.prompts, task.encoder, settings)  # which Flow-GRPO does not need: not timed
             loop = train(
                 task.model, task.prompts, task.reward, task.encoder, METHODS["flow_grpo"](clip=own.clip), own, state
             )
