@@ -330,6 +330,8 @@ def test_p19_out_of_reach_is_said_of_what_cannot_be_held():
     assert "of two modes'" not in constraint.out_of_reach(
         9.0, 0.3, 0.8, 0.25, 16
     )  # modes that are gone: no ceiling's fault
+    assert constraint.out_of_reach(9.0, 0.785, 0.8, 0.25, 16) == ""  # as good as reached
+    assert constraint.out_of_reach(9.0, 0.775, 0.8, 0.25, 16)
 
 
 def sampled(rule, iterations, replicas, speed, groups=8, share=0.75, seed=0):
