@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ref import constraint, train
-from ref.grpo import start
+from ref.grpo import collapsed, start
 from ref.grpo import train as iterate
 from ref.methods import METHODS
 from ref.presets import PRESETS
@@ -128,6 +128,9 @@ def test_a_collapse_ends_the_run_and_a_smaller_bound_goes_on(tmp_path, capsys):
     assert len(re.findall(line, capsys.readouterr().err)) == 1 and saved(tmp_path, "metrics.json") == history
     assert exit_code(train.main, [*again, "--stop-below-diversity", "None", "--iterations", f"{n + 2}"]) == 0
     assert len(saved(tmp_path, "metrics.json")) == n + 2 and "the groups keep" not in capsys.readouterr().err
+
+    whole = MixtureFlow(GaussianMixture(torch.eye(2), 0.3), width=8)  # keeps 1, which is not less than 1: it may begin
+    assert not collapsed(start(whole, Settings()), Settings(stop_below_diversity=1.0))
 
 
 @pytest.mark.claim("P19")
