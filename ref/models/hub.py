@@ -22,11 +22,16 @@ HUB = {"sd35_medium": "stabilityai/stable-diffusion-3.5-medium", "flux_dev": "bl
 def hub_errors(model: str, part: str = ".", remedy: str = "the folder must be a whole diffusers pipeline"):
     """Turn what the hub's client and the loading libraries raise within this context into an OSError of one line.
 
+    What the client says of its attempts, ten lines in half a minute where there is no network, is left out.
+
     part     of a folder: where damaged files are looked for, since libraries seldom name them
     remedy   for a folder that is not what it should be
     """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import logging
 
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
     page = f"https://huggingface.co/{model}"
     login = f"accept its licence at {page} and log in with `hf auth login`"
     try:
@@ -52,6 +57,8 @@ def hub_errors(model: str, part: str = ".", remedy: str = "the folder must be a 
             reason = re.sub(r"\s+", " ", str(error) if str(error).strip() else type(error).__name__)
             reason = f"cannot load {Path(model) / part}: {reason.split('. ')[0][:300]}"
         raise OSError(f"{reason}; {remedy}") from error
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager

@@ -8,12 +8,14 @@ import threading
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the hub does for a gated, a missing, and a forbidden model."""
+    """Answers as the hub does for a gated, a missing, and a forbidden model; who asks for this is twice put off."""
+
+    busy = [503, 503]
 
     def do_GET(self):
         code, reason = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
         if "forbidden" in self.path:
-            code, reason = 403, None
+            code, reason = Hub.busy.pop() if Hub.busy else 403, None
         self.send_response(code)
         if reason:
             self.send_header("X-Error-Code", reason)
@@ -48,10 +50,13 @@ for model in sys.argv[1:]:
             "HF_HUB_OFFLINE": str(int(offline)),
         }
         run = [sys.executable, "-c", script, *models]
-        return subprocess.run(run, capture_output=True, text=True, env=environment, timeout=120).stdout.splitlines()
+        ended = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=120)
+        assert ended.stderr == ""
+        return ended.stdout.splitlines()
 
     gated, missing, forbidden = lines("a/gated", "a/missing", "a/forbidden")
     server.shutdown()
+    assert not Hub.busy  # tried again, and not a word of it
     assert gated.startswith(
         "no access to a/gated, which is gated: accept its licence at https://huggingface.co/a/gated"
     )
