@@ -219,7 +219,8 @@ figures.reward_diversity_front(points)
 # - **No ranking.** Overall is 0.66 ± 0.05 for PEC with its target and 0.64 ± 0.02 for KL, which five seeds do not separate;
 #   Flow-GRPO has 0.43 ± 0.24. The two spend their reward on different things. In the paper's table PEC and PCVAE are ahead of KL.
 # - **A target is a request.** 0.8 ended at 74 ± 11 % of the ODE's variance: one run of five (seed 3) lost its letters
-#   (legibility 62 %). 80 iterations are short, and the policy is still moving when they end.
+#   (legibility 62 %). By the SDE the last 20 iterations had 76 ± 6 % where 80, and 81 ± 4 % where 90 was asked for: 80 iterations
+#   are too short for $\lambda$, which is still on its way when they end (P19 says how long it takes).
 # - Every row has one value of the policy entropy from first to last iteration.
 # %% [markdown]
 # ## Was it foreseen?

@@ -154,12 +154,15 @@ def collapse(
 
 
 def training_curves(histories: dict[str, list[dict]], colors: dict[str, str] | None = None) -> Figure:
-    """Figure 5: reward, and the diversity it costs, over training; a history for each labelled run.
+    """Figure 5: reward, and the diversity it costs, over training; a history for each labelled run. Where a weight
+    moves, under a target diversity, it is drawn as well.
 
     Runs are coloured by method when their label is a key of COLORS, else by `colors`.
     """
-    figure, axes = panels(1, 3, sharex=True)
     titles = {"reward": "reward", "feature_variance": "feature variance", "reward_std": "reward spread in a group"}
+    if any(len({m.get("weight") for m in history}) > 1 for history in histories.values()):
+        titles["weight"] = "weight λ in use"
+    figure, axes = panels(1, len(titles), sharex=True)
     for axis, (key, title) in zip(axes, titles.items()):
         for label, history in histories.items():
             color = (colors or COLORS).get(label, "black")

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from ref import constraint, train
+from ref import constraint, figures, train
 from ref.grpo import collapsed, start
 from ref.grpo import train as iterate
 from ref.methods import METHODS
@@ -77,6 +77,10 @@ def test_a_target_is_reported_and_resumed_to_the_bit(more, tmp_path, capsys):
     assert final["diversity"] == final["feature_variance"] / base["feature_variance"] != 1
     assert (final["diversity_sde"], final["weight"]) == (last["diversity"], last["weight"])
     assert last["weight"] > 0  # what is to be resumed
+    history = saved(whole, "metrics.json")
+    fixed = [entry | {"weight": 1.0} for entry in history]
+    curves = [figures.training_curves({"pec": each}).axes for each in (history, fixed)]
+    assert list(curves[0][3].lines[0].get_ydata()) == [entry["weight"] for entry in history] and len(curves[1]) == 3
     gap = final["diversity"] - final["diversity_sde"]
     assert f"3.0 was asked for: {final['diversity']:.3f} by the ODE, {last['diversity']:.3f} by the SDE" in said
     assert f"a gap of {gap:+.3f} between the samplers" in said
