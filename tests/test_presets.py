@@ -95,9 +95,7 @@ def test_every_variant_says_what_it_is_and_the_others_are_refused():
 def test_fast_twins_run_and_keep_the_ratio_at_exactly_one(kind, world, tmp_path):
     name = f"{PRESET[kind]}_fast"
     preset = PRESETS[name]
-    small = LARGE_SETTINGS | dict(
-        steps=preset.settings.steps, group_size=4, best_and_worst=preset.settings.best_and_worst and 2
-    )
+    small = LARGE_SETTINGS | dict(steps=preset.settings.steps, group_size=4)
     own = options(world, kind) | dict(guidance_scale=preset.options.guidance_scale)
     result = run(
         name, "pec", tmp_path, settings=dataclasses.replace(preset.settings, **small), encoder=f"dino={world / 'dino'}",
@@ -121,7 +119,7 @@ def test_presets_are_what_they_are_named_after():
     for name in ("letters", "sd35_medium", "flux_dev"):
         base, fast = (dataclasses.asdict(PRESETS[n].settings) for n in (name, f"{name}_fast"))
         differ = {key for key in base if base[key] != fast[key]}
-        assert differ <= {"same_noise", "trained", "window", "tail_steps", "best_and_worst"}
+        assert differ <= {"same_noise", "trained", "window", "tail_steps"}
     assert PRESETS["sd35_medium_fast"].options.guidance_scale == 1
 
 

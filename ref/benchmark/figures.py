@@ -68,6 +68,43 @@ def gains(pairs: dict[str, tuple[str, dict, str, dict]]) -> Figure:
     return figure
 
 
+def savers(tables: dict[str, dict], names: dict[str, str]) -> Figure:
+    """Seconds an image row by row, and how many times as fast as the first. A panel for each title -> what
+    `python -m ref.benchmark.savers --json` wrote; names: row -> its label, those to be shown."""
+    figure, axes = panels(1, len(tables), width=4.6, height=0.3 * len(names) + 0.9, sharey=True, squeeze=False)
+    for axis, (title, found) in zip(axes[0], tables.items()):
+        rows = {row["name"]: row for row in found["rows"]}
+        for y, name in enumerate(names):
+            if name not in rows:
+                continue
+            seconds, faster = rows[name]["seconds"], rows[name]["faster"]
+            error = [[seconds["median"] - seconds["low"]], [seconds["high"] - seconds["median"]]]
+            axis.barh(y, seconds["median"], height=0.66, color="#bbbbbb" if y < 2 else "#4c72b0", xerr=error, capsize=2)
+            axis.text(seconds["high"], y, f"  {faster['median']:.2f} x", va="center", fontsize=9)
+        axis.set(title=title, xlabel="seconds an image", xmargin=0.2)
+    axes[0, 0].set_yticks(range(len(names)), names.values())
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def race(rows: list[dict]) -> Figure:
+    """A line for each seed, from the twin to the preset: (a) seconds to the reward, (b) reward and (c) feature variance
+    that an evaluation finds there. rows: what `python -m ref.benchmark.savers --race --json` wrote."""
+    figure, axes = panels(1, 3, width=3.1, height=0.3 * len(rows) + 1.1, sharey=True)
+    titles = ("(a) seconds of one thread", "(b) reward there", "(c) feature variance there")
+    for axis, key, title in zip(axes, ("seconds", "reward", "feature_variance"), titles):
+        for y, row in enumerate(rows):
+            a, b = row["twin"][key], row["preset"][key]
+            axis.plot([a, b], [y, y], color="#bbbbbb", lw=2, zorder=1)
+            axis.plot(b, y, "o", color="#7f7f7f", label="preset" if y == 0 else None)
+            axis.plot(a, y, "o", color="#4c72b0", label="fast twin" if y == 0 else None)
+        axis.set(title=title, xlim=(0, 1.15 * max(row[name][key] for row in rows for name in ("twin", "preset"))))
+    axes[0].set_yticks(range(len(rows)), [f"seed {row['seed']}" for row in rows])
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    axes[1].legend(frameon=False, fontsize=9, loc="center left")
+    return figure
+
+
 def on_paper(
     rows: list[dict], seconds: Callable[[str, int, float], float], most: dict[str, int], rate: float
 ) -> Figure:
@@ -129,9 +166,7 @@ def predicted_and_measured(points: dict[str, dict[str, tuple[float, float, float
     for text in axis.get_yticklabels():
         text.set_fontweight("bold" if text.get_text() in points else "normal")
     axis.tick_params("y", length=0)
-    axis.set(xscale="log", xlabel="times as long", ylim=(y - 0.3, -0.8))
-    axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8, 10], ["1", "1.5", "2", "3", "4", "6", "8", "10"])
-    axis.minorticks_off()
+    axis.set(xlabel="times as long", xlim=(1, 1.2 * max(max(row[2:]) for row in flat)), ylim=(y - 0.3, -0.8))
     axis.legend(frameon=False, loc="upper right")
     return figure
 

@@ -7,7 +7,8 @@
 From the preset to its fast twin: each row with a + keeps what the rows above changed. All rows take turns in one process, on
 one model, with one optimiser step an iteration; seconds (on a CPU of computing, so take one thread) are medians over rounds,
 and the ratio is taken round by round. Passes are counted by a hook: samples times branches of guidance, for each image of an
-iteration. Last come rows in which every second prompt's rewards are all alike.
+iteration. Below the twin come what can be set on top, to train on half of each group, and rows in which every second
+prompt's rewards are all alike.
 
 With `--race R` preset and twin are trained by Flow-GRPO instead, until five iterations' mean reward reaches R: seconds of
 computing, and what an evaluation finds there.
@@ -47,9 +48,8 @@ EXACT = {  # what a row does to the result; tests/test_sampling.py, test_grpo.py
     "window": "exact for the steps it trains; others are not explored",
     "shared start": "exact; a group's members start from one noise",
     "tail": "of second order, with fewer calls",
-    "best and worst": "biased: the middle of a group is left out",
 }
-FLAT = "half of the groups flat"
+EXTREMES, FLAT = "best and worst half of each group", "half of the groups flat"
 
 
 @in_one_line
@@ -76,15 +76,11 @@ def steps_to_the_twin(
     rows = {"guidance": (settings, asked_for)} if asked_for else {}
     now = asked_for or guidance
     for name, keys in {
-        "window": ("trained", "window"), "shared start": ("same_noise",), "tail": ("tail_steps",),
-        "best and worst": ("best_and_worst",),
-    }.items():  # fmt: skip
-        changes = {key: getattr(fast.settings, key) for key in keys}
-        if changes.get("best_and_worst"):  # the same share of the group
-            changes["best_and_worst"] = max(
-                2, changes["best_and_worst"] * settings.group_size // fast.settings.group_size
-            )
-        changed = dataclasses.replace(settings, **changes)
+        "window": ("trained", "window"),
+        "shared start": ("same_noise",),
+        "tail": ("tail_steps",),
+    }.items():
+        changed = dataclasses.replace(settings, **{key: getattr(fast.settings, key) for key in keys})
         if changed != settings:
             settings = changed
             rows[name] = settings, now
@@ -133,6 +129,8 @@ def savers(task: Task, preset: str, settings: Settings, repeats: int, encode: Ca
         OURS: Row(ours(settings), guided),
     }
     rows |= {name: Row(ours(own), scale, EXACT[name]) for name, (own, scale) in steps.items()}
+    half = dataclasses.replace(twin, best_and_worst=max(2, settings.group_size // 2))
+    rows[EXTREMES] = Row(ours(half), scale, "biased: the middle of a group is left out")
     if settings.groups > 1:
         left_out = "left out, the mean is over the rest" if isinstance(model, SD3) else "trained all the same"
         rows[f"{THEIR_FAST}, {FLAT}"] = Row(theirs(fast, judged), scale, left_out)
@@ -199,6 +197,7 @@ def table(found: dict) -> str:
 def race(task: Task, preset: str, settings: Settings, target: float, seeds: int) -> Iterator[dict]:
     """For each seed, of "preset" and "twin": seconds of computing until the mean reward of 5 iterations is `target` (None:
     never), iterations, and the evaluation's reward and feature variance there."""
+    task = dataclasses.replace(task, images_per_prompt=settings.images_per_prompt or task.images_per_prompt)
     guided, weights = getattr(task.model, "guidance_scale", None), copied(trainable(task.model))
     twin = list(steps_to_the_twin(preset, settings, guided).values())[-1]
     for seed in range(settings.seed, settings.seed + seeds):
