@@ -53,17 +53,13 @@ def test_the_map_names_every_module():
 
 
 def test_its_table_of_savers_is_what_the_command_wrote():
-    from ref.benchmark.savers import EXTREMES, OURS, THEIR_FAST, figures
+    from ref.benchmark.savers import table
 
-    found = {}
-    for name in ("sd3", "flux"):
-        rows = json.loads((ROOT / "notebooks" / "data" / "costs" / f"savers_{name}.json").read_text())["rows"]
-        found[name] = {row["name"]: figures(row["faster"], ".2f") for row in rows}
-    for row in (OURS, THEIR_FAST, "tail", EXTREMES):
-        assert f"| {found['sd3'][row]} | {found['flux'][row]} |" in README
-    seeds = json.loads((ROOT / "notebooks" / "data" / "costs" / "race_letters.json").read_text())
+    costs = ROOT / "notebooks" / "data" / "costs"
+    assert table(*(json.loads((costs / f"savers_{name}.json").read_text()) for name in ("sd3", "flux"))) in README
+    seeds = json.loads((costs / "race_letters.json").read_text())
     shares = sorted(seed["twin"]["seconds"] / seed["preset"]["seconds"] for seed in seeds)
-    assert f"is there in {shares[0]:.2f} to {shares[-1]:.2f} of the preset's seconds" in README
+    assert f"in {shares[0]:.2f} to {shares[-1]:.2f} of the preset's seconds" in README
     for key in ("reward", "feature_variance"):
         twin, preset = ([seed[name][key] for seed in seeds] for name in ("twin", "preset"))
         assert f"{mean(twin):.2f} ± {stdev(twin):.2f} for {mean(preset):.2f} ± {stdev(preset):.2f}" in README

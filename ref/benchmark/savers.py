@@ -44,7 +44,7 @@ from ref.settings import Settings, in_one_line
 
 THEIRS, THEIR_FAST, OURS = "Flow-GRPO's order of work", "Flow-GRPO-Fast (October 2025)", "ours, the same settings"
 EXACT = {  # what a row does to the result; tests/test_sampling.py, test_grpo.py and test_policy.py hold it to this
-    "guidance": "another policy: without guidance",
+    "no guidance": "another policy: without guidance",
     "window": "exact for the steps it trains; others are not explored",
     "shared start": "exact; a group's members start from one noise",
     "tail": "of second order, with fewer calls",
@@ -73,7 +73,7 @@ def steps_to_the_twin(
         raise ValueError(f"preset {preset} has no fast twin; take one of {', '.join(p[:-5] for p in PRESETS if p.endswith('_fast'))}")  # fmt: skip
     fast = PRESETS[f"{preset}_fast"]
     asked_for = fast.options and fast.options.guidance_scale
-    rows = {"guidance": (settings, asked_for)} if asked_for else {}
+    rows = {"no guidance": (settings, asked_for)} if asked_for else {}
     now = asked_for or guidance
     for name, keys in {
         "window": ("trained", "window"),
@@ -176,21 +176,25 @@ def figures(s: dict[str, float], form: str) -> str:
     return f"{s['median']:{form}} ({s['low']:{form}} .. {s['high']:{form}})"
 
 
-def table(found: dict) -> str:
-    """As Markdown."""
-    lines = [
-        found["setting"],
-        "",
-        "| | passes an image, forward + trained | seconds an image | times as fast | exactness |",
-        "|---|---|---|---|---|",
-    ]
-    for row in found["rows"]:
-        p = row["passes"]
-        name = ("+ " if row["name"] in EXACT else "") + row["name"]
-        lines.append(
-            f"| {name} | {p['forward']:.1f} + {p['trained']:.1f} | {figures(row['seconds'], '.3g')} | "
-            f"{figures(row['faster'], '.2f')} | {row['exact']} |"
-        )
+def table(*several: dict) -> str:
+    """What `savers` found as Markdown, several presets side by side: seconds as medians, ratios with quartiles."""
+    found = {each["setting"].split(",")[0]: {row["name"]: row for row in each["rows"]} for each in several}
+    heads = "".join(f" {preset}: passes, forward + trained | seconds an image | times as fast |" for preset in found)
+    lines = [f"| |{heads} exactness |", "|---|" + "---|" * (3 * len(found) + 1)]
+    for name in max(found.values(), key=len):
+        cells, there = [], [rows[name] for rows in found.values() if name in rows]
+        for rows in found.values():
+            if name in rows:
+                p, seconds = rows[name]["passes"], rows[name]["seconds"]["median"]
+                cells += [
+                    f"{p['forward']:.1f} + {p['trained']:.1f}",
+                    f"{seconds:.3g}",
+                    figures(rows[name]["faster"], ".2f"),
+                ]
+            else:
+                cells += [""] * 3
+        exact = " / ".join(dict.fromkeys(row["exact"] for row in there))
+        lines.append(f"| {'+ ' * (name in EXACT)}{name} | {' | '.join(cells)} | {exact} |")
     return "\n".join(lines)
 
 
@@ -249,7 +253,7 @@ def print_savers(arguments: list[str] | None) -> None:
         print_race(found)
     else:
         found = savers(task, given.preset, settings, given.repeats, text_encoders(task.model))
-        print(table(found))
+        print(f"{found['setting']}\n\n{table(found)}")
     if given.json_file:
         write_json(given.json_file, found)
 
