@@ -45,7 +45,6 @@ from ref import figures
 from ref.compare import front, twin
 from ref.grpo import train
 from ref.methods import METHODS
-from ref.metrics import feature_variance
 from ref.perceptual import fit_entropy_law
 from ref.presets import PRESETS
 from ref.sampling import sample

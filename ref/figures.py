@@ -217,7 +217,9 @@ def mode_seeking(history: list[dict]) -> Figure:
     return figure
 
 
-def reward_diversity_front(points: dict[str, list[tuple[str, list[float], list[float]]]]) -> Figure:
+def reward_diversity_front(
+    points: dict[str, list[tuple[str, list[float], list[float]]]], diversity: str = "feature variance"
+) -> Figure:
     """The trade-off: reward over diversity, a line for each kind of run through its dials.
 
     points: kind of run (METHOD[@SPACE][/ENCODER], see `label`) -> (note, diversities, rewards over seeds).
@@ -242,7 +244,7 @@ def reward_diversity_front(points: dict[str, list[tuple[str, list[float], list[f
                 spread = np.linalg.cholesky(np.cov(x, y) + 1e-12 * np.eye(2))
                 ring = mean[:, None] + radius * spread @ np.stack([np.cos(turn), np.sin(turn)])
                 axis.fill(*ring, color=color, alpha=0.12, lw=0)
-    axis.set(xlabel="feature variance, relative to the base model", ylabel="reward")
+    axis.set(xlabel=f"{diversity}, relative to the base model", ylabel="reward")
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 

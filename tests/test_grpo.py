@@ -494,7 +494,7 @@ class Noted(PEC):
         self.bonus = bonus
 
     def shape(self, group):
-        D, h = group.features.shape[2], group.bandwidth
+        h = group.bandwidth
         self.bonus.append((super().shape(group).mean() - math.log(2 * math.pi * h**2) / 2).item())
         return super().shape(group)
 

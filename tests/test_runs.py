@@ -66,9 +66,7 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path, capsys):
 
     settings = dataclasses.replace(SMALL, iterations=3, lr=1e-3, clip=0.2)
     given = dict(progress=False, evaluate_every=1)
-    result = run(
-        "mixture", "flow_grpo", tmp_path / "a", settings=settings, reward=rewards(0.1, 0.5, 0.9, 0.3), **given
-    )
+    result = run("mixture", "flow_grpo", tmp_path / "a", settings=settings, reward=rewards(0.1, 0.5, 0.9, 0.3), **given)
     assert result["best"] == {"iteration": 2, "reward": pytest.approx(0.9)}
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["best"]["iteration"] == 2
     two = dataclasses.replace(settings, iterations=2)
@@ -84,9 +82,7 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path, capsys):
     line = refusal(main, ["--output-dir", tmp_path / "a", "--resume"], capsys)
     assert "holds a run with a reward from Python; continue it there: run(..., resume=True)" in line
     more = dataclasses.replace(settings, iterations=4)
-    again = run(
-        "mixture", "flow_grpo", tmp_path / "a", settings=more, reward=rewards(0.1, 0.4), resume=True, **given
-    )
+    again = run("mixture", "flow_grpo", tmp_path / "a", settings=more, reward=rewards(0.1, 0.4), resume=True, **given)
     assert again["best"]["iteration"] == 2 and (tmp_path / "a" / "best" / name).read_bytes() == best
 
 
@@ -97,7 +93,10 @@ def test_the_best_weights_are_those_of_the_best_evaluation(tmp_path, capsys):
         (["--preset", "sd35_medium", "--push-to-hub", "weights"], "--push-to-hub wants OWNER/NAME, got 'weights'"),
         (["--preset", "letters", "--push-to-hub", "me/weights"], "preset letters has nothing for the hub"),
         (["--preset", "letters", "--device", "mps"], "there is no mps device here; choose --device "),
-        (["--preset", "sd35_medium", "--per-reward"], "per_reward needs a sum of rewards, as in --reward pickscore:0.7+ocr"),
+        (
+            ["--preset", "sd35_medium", "--per-reward"],
+            "per_reward needs a sum of rewards, as in --reward pickscore:0.7+ocr",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):

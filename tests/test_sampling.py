@@ -128,6 +128,8 @@ def test_a_shared_walk_leaves_the_ratio_at_exactly_one(kind, world):
     reward = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
     state = start(model, settings)
     state.bandwidth = state.kernel = 1.0  # not calibrated: that takes longer than all the rest
-    states = train(model, prompts, reward, lambda images: images.mean((2, 3)), METHODS["pec"](clip=1e-2), settings, state)
+    states = train(
+        model, prompts, reward, lambda images: images.mean((2, 3)), METHODS["pec"](clip=1e-2), settings, state
+    )
     seen = [(s.samples.trajectory.steps[0], s.metrics["ratio_error"], s.metrics["grad_norm"]) for s in states]
     assert {first for first, _, _ in seen} > {0} and all(error == 0 < norm for _, error, norm in seen)

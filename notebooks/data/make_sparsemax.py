@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from ref.worlds import many_modes, mixture
 from ref.grpo import start, train
-from ref.settings import Settings
 from ref.methods import PEC
+from ref.settings import Settings
+from ref.worlds import many_modes, mixture
 
 PAY = torch.tensor([1.0, 0.5, 0.8, 0.3, 0.9, 0.65])  # on the ring neighbours are not next in rank
 M, K, GROUPS = 6, 16, 32

@@ -63,7 +63,9 @@ def random(options: Pipeline, device: torch.device):
     """The architecture with random weights on the device; its prompts' embeddings are noise."""
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # as models.load
-    model = shaped(options.model, options.height, options.lora_rank, targets=options.lora_targets).to_empty(device=device)
+    model = shaped(options.model, options.height, options.lora_rank, targets=options.lora_targets).to_empty(
+        device=device
+    )
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_(0, 0.02)

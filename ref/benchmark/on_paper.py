@@ -54,9 +54,7 @@ def on_paper(sizes: list[int]) -> Iterator[dict]:
     """
     for preset, name, size, rank in architectures(sizes):
         own, settings = PRESETS[preset].options, PRESETS[preset].settings
-        forward, both, decode = counted(
-            name, size, rank, own.lora_targets, own.max_sequence_length, own.guidance_scale
-        )
+        forward, both, decode = counted(name, size, rank, own.lora_targets, own.max_sequence_length, own.guidance_scale)
         yield {
             "preset": preset,
             "pixels": size,

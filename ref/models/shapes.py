@@ -40,9 +40,7 @@ def no_text(prompts: list[str]):
     raise ValueError("shapes alone know no prompts")
 
 
-def shaped(
-    name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16, targets: str = "all"
-) -> TextToImage:
+def shaped(name: str, size: int, rank: int, dtype: torch.dtype = torch.bfloat16, targets: str = "all") -> TextToImage:
     """`sd35_medium` or `flux_dev` for size x size images with its LoRA, on the meta device: shapes alone.
 
     With rank 0 all weights are trained.

@@ -75,9 +75,9 @@ def modes_dying(
 def modes_left(runs: dict[str, list[list[float]]], modes: int) -> Figure:
     """Effective number of modes over training; each label holds one curve a seed."""
     figure, axis = panels(1, 1, width=5.2, height=3.2)
-    for (label, curves), color in zip(runs.items(), ("#4c72b0", "#c44e52", "#55a868", "#8172b3")):
+    for (name, curves), color in zip(runs.items(), ("#4c72b0", "#c44e52", "#55a868", "#8172b3")):
         for n, values in enumerate(curves):
-            curve(axis, values, color, label if n == 0 else None)
+            curve(axis, values, color, name if n == 0 else None)
     axis.axhline(modes, color="#7f7f7f", lw=0.8, ls=":")
     axis.set(xlabel="iteration", ylabel="effective modes", ylim=(0.8, 1.12 * modes))
     axis.legend(frameon=False)
@@ -89,7 +89,7 @@ def perceptual_gaussian(groups: dict[str, Tensor], bandwidth: float) -> Figure:
     from ref.perceptual import deviations, perceptual_entropy
 
     figure, axes = panels(1, len(groups), width=3.0, height=3.4, sharex=True, sharey=True)
-    for axis, (label, phi) in zip(axes, groups.items()):
+    for axis, (name, phi) in zip(axes, groups.items()):
         mean, v = phi.mean(0), deviations(phi[None]).square().sum(-1).mean().item()
         H = perceptual_entropy(phi[None], bandwidth, "mean").item()
         circle(axis, mean, v**0.5, color="#4c72b0", lw=2, label="spread $\\sqrt{v}$")
@@ -97,7 +97,7 @@ def perceptual_gaussian(groups: dict[str, Tensor], bandwidth: float) -> Figure:
         axis.scatter(*phi.T, s=16, color="#c44e52", alpha=0.7, lw=0)
         axis.scatter(*mean, s=90, marker="+", color="black", label="group mean")
         axis.set(
-            title=f"{label}\n$v$ = {v:.2f},  $\\mathcal{{H}}_{{perc}}$ = {H:.2f}", aspect="equal", xticks=[], yticks=[]
+            title=f"{name}\n$v$ = {v:.2f},  $\\mathcal{{H}}_{{perc}}$ = {H:.2f}", aspect="equal", xticks=[], yticks=[]
         )
     axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     return figure
@@ -117,10 +117,10 @@ def critical_lambda_curve(
     axis.text(critical, 0.52, f"  $\\lambda_c$ = {critical:.3f}", color="#c44e52")
     axis.text((low + critical) / 2, 0.70, "one mode\ndies", ha="center", color="#c44e52")
     axis.text(critical, 1.0, "  both modes live", va="center", color="#333333")
-    for color, (label, (weights, shares, measured)) in zip(colors, curves.items()):
-        axis.plot(weights, shares, color=color, lw=2, label=f"predicted, {label}")
+    for color, (name, (weights, shares, measured)) in zip(colors, curves.items()):
+        axis.plot(weights, shares, color=color, lw=2, label=f"predicted, {name}")
         dots = [(w, share) for w, seeds in measured.items() for share in seeds]
-        axis.scatter(*zip(*dots), s=30, color=color, edgecolor="black", lw=0.6, zorder=3, label=f"trained, {label}")
+        axis.scatter(*zip(*dots), s=30, color=color, edgecolor="black", lw=0.6, zorder=3, label=f"trained, {name}")
     axis.set(xlabel="PEC weight $\\lambda$", ylabel="share of the better mode, $p^*$", ylim=(0.48, 1.03))
     axis.legend(frameon=False, loc="upper right", fontsize=9)
     return figure
@@ -129,8 +129,8 @@ def critical_lambda_curve(
 def runaway(radius: dict[str, list[float]]) -> Figure:
     """Mean distance of the samples from the origin over training, on a logarithmic scale; a line for each setting."""
     figure, axis = panels(1, 1, width=6.6, height=3.4)
-    for color, (label, values) in zip(("#c44e52", "#dd8452", "#4c72b0", "#55a868"), radius.items()):
-        axis.semilogy(range(1, len(values) + 1), values, color=color, lw=2, label=label)
+    for color, (name, values) in zip(("#c44e52", "#dd8452", "#4c72b0", "#55a868"), radius.items()):
+        axis.semilogy(range(1, len(values) + 1), values, color=color, lw=2, label=name)
     axis.set(xlabel="iteration", ylabel="mean radius of the samples", ylim=(None, 50 * max(map(max, radius.values()))))
     axis.legend(frameon=False, fontsize=9)
     return figure
@@ -142,13 +142,13 @@ def particles(clouds: dict[str, Tensor], centres: Tensor, value: Tensor | None =
 
     figure, axes = panels(1, len(clouds), width=2.9, height=3.3, sharex=True, sharey=True, squeeze=False)
     value = None if value is None else ((value - value.min()) / (value.max() - value.min())).numpy()
-    for axis, (label, x) in zip(axes[0], clouds.items()):
+    for axis, (name, x) in zip(axes[0], clouds.items()):
         shade = "0.6" if value is None else [str(s) for s in 0.75 - 0.75 * value]
         axis.scatter(*centres.T, s=520, facecolor="none", edgecolor=shade, lw=1.6)
         x = x.detach().cpu().numpy()
         keep = np.abs(x).max(1) < limit
         axis.scatter(*x[keep].T, s=4, color="#c44e52", alpha=0.35, lw=0)
-        axis.set(title=label, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+        axis.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     return figure
 
@@ -259,14 +259,14 @@ def dual_swing(
     """
     figure, (left, middle, right) = panels(1, 3, width=3.7, height=3.3)
     star = dict(marker="*", ms=15, color="#f2b134", mec="black", mew=0.8, ls="", zorder=5)
-    for (label, seeds), color in zip(runs.items(), ("#4c72b0", "#c44e52", "#55a868")):
+    for (name, seeds), color in zip(runs.items(), ("#4c72b0", "#c44e52", "#55a868")):
         for n, (p, weight) in enumerate(seeds):
             style = dict(color=color, lw=0.9, alpha=min(0.8, 2 / len(seeds)))
             steps = range(1, len(p) + 1)
             left.plot(steps, p, **style)
             middle.plot(steps, weight, **style)
             right.plot(p, weight, **style)
-        left.plot([], [], color=color, label=label)
+        left.plot([], [], color=color, label=name)
     if theory is not None:
         steps = range(1, len(theory[0]) + 1)
         left.plot(steps, theory[0], color="black", lw=2, label="theory")

@@ -177,7 +177,9 @@ def test_full_fine_tuning_in_parts_is_that_of_one_process(tmp_path):
     assert unlike[0] == unlike[1]
     for n, folder in enumerate(("two", "nowhere")):  # said by both, and neither waits for the other
         said = (tmp_path / f"unshared-{n}.txt").read_text()
-        assert said.startswith(f"not every process sees the checkpoints in {tmp_path / folder}; it must lie on a shared")
+        assert said.startswith(
+            f"not every process sees the checkpoints in {tmp_path / folder}; it must lie on a shared"
+        )
     assert not (tmp_path / "nowhere").exists() and checkpoint.load_latest(tmp_path / "two")["iteration"] == 2
     fine_tune(tmp_path, "half", resume=True, iterations=3)
     assert checkpoint.load_latest(tmp_path / "half")["iteration"] == 3

@@ -9,9 +9,9 @@ import torch
 from ref.metrics import feature_variance
 from ref.sampling import sample
 from ref.worlds import letters
-from ref.worlds.letters.captions import CaptionEncoder
 from ref.worlds.letters import data, fonts
 from ref.worlds.letters.base import main
+from ref.worlds.letters.captions import CaptionEncoder
 from ref.worlds.letters.quality import main as quality
 from ref.worlds.letters.spoil import jpeg, spoil
 
@@ -256,7 +256,19 @@ def test_base_model_draws_what_the_caption_says_in_many_faces(heads, judge):
 
 
 def test_training_in_fast_mode_resumes_and_is_loaded(tmp_path, capsys):
-    short = ["--output-dir", str(tmp_path), "--parts", "vae", "flow", "phi", "sharp", "rater", "preference", "held_out", "faces"]
+    short = [
+        "--output-dir",
+        str(tmp_path),
+        "--parts",
+        "vae",
+        "flow",
+        "phi",
+        "sharp",
+        "rater",
+        "preference",
+        "held_out",
+        "faces",
+    ]
     assert main([*short, "--scale", "1e-6"]) == 0
     first = torch.load(tmp_path / "training" / "rater.pt", weights_only=True)
     assert first["step"] == 2
