@@ -160,10 +160,10 @@ display(Markdown(table(sd3, flux)), Markdown(table(small)))
 #   the same shape as before the result has the same bits (`tests/test_sampling.py`).
 # - **Tail**: after the window nothing is random and nothing is trained, so DPM-Solver++(2M) may follow the flow; how far
 #   from it, the next cell shows (rms of the latents to 60 of Euler's steps): on letters 3 calls err more than Euler's 6,
-#   and 4 less. `flux_dev_fast` takes 2, which err twice as much as Euler's 5 and about as much as Euler's 4 or 3.
-# - **Best and worst** (no preset has it): the middle of a group is left out of the update. That is biased: on letters the base
-#   model's gradient keeps 0.91 of itself for 10 of 20 members and 0.75 for 6, with a cosine to the whole of 0.96 and 0.87
-#   (3 seeds; the gradients of two batches have one of 0.02, so noise is far larger than this bias).
+#   and 4 less. `flux_dev_fast` takes 2, which err 1.9, 1.4 and 1.0 times as much as Euler's 5, 4 and 3.
+# - **Best and worst** (no preset has it): the middle of a group is left out of the update. That is biased: on letters the
+#   base model's gradient keeps 0.91 of itself for 12 of 24 members and 0.79 for 8, with cosines to the whole of 0.96 and 0.90
+#   (means of 3 seeds; the gradients of two batches have one of 0.03, so noise is far larger than this bias).
 # - **Flat groups**: samples whose advantage is exactly 0 have no gradient and are not trained on, where a method's loss
 #   has no term of its own. Each remaining sample stays in a micro-batch of the size it was drawn in: the ratio is still 1.
 #   Flow-GRPO's trainers of SD3 leave them out as well, and average over the rest: with half of the groups flat, their
