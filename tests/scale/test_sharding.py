@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ref.grpo import start, train
+from ref.grpo import calibrate_on, start, train
 from ref.methods import METHODS
 from ref.models import tiny
 from ref.models.load import load
@@ -88,6 +88,16 @@ def from_one_start(same_noise: bool = True) -> tuple[torch.Tensor, dict]:
     return torch.cat([w.grad.flatten() for w in trainable(task.model).values()]), state.metrics
 
 
+def held_diversity() -> list[float]:
+    """lambda and the weight in use over three iterations of the mixture under a target (proofs/P19)."""
+    task = PRESETS["mixture"].task()
+    settings = Settings(groups=4, group_size=8, updates=1, micro_batch=8, steps=4, iterations=3, target_diversity=0.95, seed=1)
+    state = start(task.model, settings)
+    calibrate_on(state, task.prompts, task.encoder, settings)
+    run = train(task.model, task.prompts, task.reward, task.encoder, METHODS["pec"](), settings, state)
+    return [weight for at in run for weight in (at.weight, at.metrics["weight"])]
+
+
 def share_of(tensors) -> float:
     """How much of the tensors this process holds."""
     tensors = list(tensors)
@@ -110,6 +120,7 @@ def in_parts(world: Path) -> None:
         (world / f"unshared-{rank()}.txt").write_text(str(error))
     gradient, metrics = from_one_start()
     torch.save((gradient, metrics), world / f"mixture-{rank()}.pt")
+    (world / f"lambda-{rank()}.json").write_text(json.dumps(held_diversity()))
     state = on_a_gpu(world)
     trained, moments = state.model.transformer, state.optimizer.state.values()
     held = {
@@ -199,6 +210,11 @@ def test_full_fine_tuning_in_parts_is_that_of_one_process(tmp_path):
         assert (found - other).abs().max() > 1e3 * tolerance
         for name in ("reward", "feature_variance", "diversity", "ratio_error", "clip_fraction"):
             assert theirs[name] == pytest.approx(mine[name], rel=1e-6)
+
+    # lambda is one number, to the bit, and that of one process as far as the shares are
+    first, second = (json.loads((tmp_path / f"lambda-{n}.json").read_text()) for n in range(2))
+    assert first == second and len(set(first[::2])) == 3
+    assert first[:2] == pytest.approx(held_diversity()[:2], rel=1e-5)  # sums of 32 in float32: 32 eps is 4e-6
 
     for n in range(2):
         held = json.loads((tmp_path / f"held-{n}.json").read_text())
