@@ -224,7 +224,7 @@ def reward_diversity_front(
 
     points: kind of run (METHOD[@SPACE][/ENCODER], see `label`) -> (note, diversities, rewards over seeds).
     A dot is a mean over seeds; the ellipse is the 95 % confidence region of that mean (Hotelling's T^2),
-    drawn where there are at least three seeds.
+    drawn where there are at least three seeds. With few it is large: the frame holds all runs, not all ellipses.
     """
     import numpy as np
     from scipy.stats import f
@@ -244,7 +244,10 @@ def reward_diversity_front(
                 spread = np.linalg.cholesky(np.cov(x, y) + 1e-12 * np.eye(2))
                 ring = mean[:, None] + radius * spread @ np.stack([np.cos(turn), np.sin(turn)])
                 axis.fill(*ring, color=color, alpha=0.12, lw=0)
-    axis.set(xlabel=f"{diversity}, relative to the base model", ylabel="reward")
+    every = np.hstack([run[1:] for runs in points.values() for run in runs])
+    room = 0.08 * np.ptp(every, axis=1) + 1e-3
+    (left, bottom), (right, top) = every.min(1) - room, every.max(1) + room
+    axis.set(xlabel=f"{diversity}, relative to the base model", ylabel="reward", xlim=(left, right), ylim=(bottom, top))
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 

@@ -91,7 +91,9 @@ def from_one_start(same_noise: bool = True) -> tuple[torch.Tensor, dict]:
 def held_diversity() -> list[float]:
     """lambda and the weight in use over three iterations of the mixture under a target (proofs/P19)."""
     task = PRESETS["mixture"].task()
-    settings = Settings(groups=4, group_size=8, updates=1, micro_batch=8, steps=4, iterations=3, target_diversity=0.95, seed=1)
+    settings = Settings(
+        groups=4, group_size=8, updates=1, micro_batch=8, steps=4, iterations=3, target_diversity=0.95, seed=1
+    )
     state = start(task.model, settings)
     calibrate_on(state, task.prompts, task.encoder, settings)
     run = train(task.model, task.prompts, task.reward, task.encoder, METHODS["pec"](), settings, state)
