@@ -59,13 +59,9 @@ class Settings:
     kind: Kind = "flow_sde"  # kernel, see schedule.py
     noise_level: Annotated[float, Gt(0), Le(100)] = 0.7  # eta of the kernel; at most 1 for cps
     window: Annotated[int, Ge(1)] | None = None  # make this many consecutive steps stochastic, and train them
-    window_moves: Literal["random", "sliding", "decaying"] = (
-        "random"  # anew each iteration; or from the noise on (MixGRPO)
-    )
+    window_moves: Literal["random", "sliding", "decaying"] = "random"  # anew each iteration; or from noise on (MixGRPO)
     window_stay: Annotated[int, Ge(1), Le(10**6)] = 25  # iterations at a place of a window that slides or decays
-    tail_steps: Annotated[int, Ge(1), Le(10**4)] | None = (
-        None  # after a window this many, of second order (None: Euler's)
-    )
+    tail_steps: Annotated[int, Ge(1), Le(10**4)] | None = None  # after a window so many of second order (None: Euler's)
     trained: Annotated[float, Gt(0), Le(1)] = 1.0  # this share of the steps, from the noise on; a window lies within it
     trained_at_random: bool = False  # that share anywhere, drawn anew each iteration (DanceGRPO)
     same_noise: bool = False  # a group starts from one x_0 (DanceGRPO), and walks as one until the window
@@ -77,16 +73,12 @@ class Settings:
     std_normalize: bool = True  # divide advantages by the group's standard deviation
     global_std: bool = False  # divide by that of all the iteration's rewards instead (most of Flow-GRPO's recipes)
     per_reward: bool = False  # in a sum of rewards divide each by its own deviation in the group first (GDPO)
-    best_and_worst: Annotated[int, Ge(2)] | None = (
-        None  # train on so many extremes of a group, half and half (None: all)
-    )
+    best_and_worst: Annotated[int, Ge(2)] | None = None  # train on so many extremes of a group, half and half
     grad_clip: Annotated[float, Gt(0), Le(10**12)] = 1.0  # largest gradient norm
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay of the averaged weights, which are saved; 0 is off
     ema_every: Annotated[int, Ge(1), Le(10**6)] = 1  # optimiser steps between two updates of the averages (Flow-GRPO 8)
     target_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # share of the base model's variance to hold (P19)
-    stop_below_diversity: Annotated[float, Gt(0), Lt(10)] | None = (
-        None  # end the run when less than this share is kept; a target's run dips by 0.2 first
-    )
+    stop_below_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # end a run below it; under a target it dips .2
     omega: Literal["uniform", "variance"] = "uniform"  # weights over steps of PEC and PCVAE; variance: as s_i^2
     images_per_prompt: Annotated[int, Ge(2), Le(1000)] | None = None  # of evaluations (None: the preset's)
     seed: int = 0

@@ -316,11 +316,8 @@ def test_a_guarded_ratio_is_unbiased_and_knows_no_scale(rng):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_guard_scales_every_policy_gradient_alike_and_no_kl(name):
     """At the first update, where the mean is the old one: s / dt times the plain gradient, but for a KL's own or naive KL's."""
-    method, plain, dt = (
-        METHODS[name](0.4 if METHODS[name].largest_weight else None, clip=CLIP),
-        METHODS["flow_grpo"](),
-        0.1,
-    )
+    method = METHODS[name](0.4 if METHODS[name].largest_weight else None, clip=CLIP)
+    plain, dt = METHODS["flow_grpo"](), 0.1
 
     def of(method, guard):
         return gradient(lambda theta: method.loss(dataclasses.replace(a_step(theta), guard=guard)), (0.0, 0.0, 0.0))

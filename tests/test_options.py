@@ -33,6 +33,7 @@ def test_help_shows_every_comment_and_the_presets_defaults(preset, capsys):
     for field in dataclasses.fields(Settings):
         [comment] = re.findall(rf"^    {field.name}: .*?(?:  # (.*))?$", declared, re.M)
         name, value = "--" + field.name.replace("_", "-"), getattr(PRESETS[preset].settings, field.name)
+        assert comment or field.name == "seed"  # one that a formatter moves to another line is not shown
         of_this = re.search(rf"{name}[ ,].*?\(default: (\S+)\)", shown)
         assert of_this and " ".join(comment.split()) in of_this[0]
         assert of_this[1] == str(value)

@@ -34,9 +34,8 @@ from ref.scale.processes import rank
 from ref.scale.sharding import shard
 from ref.schedule import FlowSchedule, time_grid
 
-ATTENTION = [
-    f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")
-]  # of the image's stream, or of both in one
+# of the image's stream, or of both in one
+ATTENTION = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
 
 
 class TextToImage(nn.Module):

@@ -25,13 +25,13 @@ from ref.scale.weights import whole
 
 KEEP = 2
 PARTS = {"iteration": int, "bandwidth": float, "weights": dict, "optimizer": dict, "ema": (dict, type(None))}
-LATER = {
+LATER = {  # not in all versions
     "kernel": (float, type(None)),
     "places": (list, type(None)),
     "multiplier": tuple,
     "history": list,
     "run": dict,
-}  # not in all versions
+}
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
