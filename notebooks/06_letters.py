@@ -292,8 +292,9 @@ shown_there = [run for run in half if run["run"].startswith(FRONT)]
 figures.reward_diversity_front(front(shown_there, "var_contrastive"), "variance in φ")
 
 # %% [markdown]
-# Half the rate is half the way (Flow-GRPO ends at 2.16 and keeps 77 ± 10 %, above 2.57 and 60 ± 22 %), and a steadier one: seeds
-# differ in reward by 0.03 to 0.08 where they differed by 0.16 to 0.46, and nothing is ruined. Here the methods can be told apart:
+# Half the rate is half the way (Flow-GRPO ends at 2.16 and keeps 77 ± 10 %; in the first table at 2.57, 60 ± 22 %), and a steadier
+# one: rewards spread over seeds by 0.03 to 0.08 where these rows had 0.16 to 0.84, and nothing is ruined (89 % read at least).
+# Here methods can be told apart:
 #
 # - **PEC at 3 and KL at 0.01 keep the same**, 86 ± 5 % and 87 ± 4 % of the variance in $\phi$. On each of the five seeds PEC
 #   has more reward (by 0.32 ± 0.08), more of the held-out model's score (0.37 ± 0.10) and more utility (0.03 ± 0.02). On each it has fewer typefaces
