@@ -232,28 +232,37 @@ def finished(plans: list[tuple], jobs: int, leave: Callable[[], None]) -> list[d
     return [job.result() for job in futures]
 
 
-def scores(runs: list[dict], quality: tuple[str, ...], diversity: tuple[str, ...]) -> list[dict]:
-    """Rows for `metrics.table`: each kind of run with (mean, standard deviation over seeds) in every column.
+def by_seed(
+    runs: list[dict], quality: Iterable[str], diversity: Iterable[str], over: list[dict] | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Column -> {run: its values, seed by seed}, with "quality_norm_avg", "diversity_norm_avg" and "overall" after them.
 
-    Columns are scaled by the range of the means, base model included, as in table 1. Norm.Avg is affine
-    in a run's values, so its mean over seeds is the Norm.Avg of the means, and its spread is the runs'.
+    Columns are scaled by the range of the means of the table `over` (default: of `runs` itself), base model included, as in
+    table 1. Norm.Avg is affine in a run's values, so its mean over seeds is the Norm.Avg of the means.
     """
-    kinds = list(dict.fromkeys(row["run"] for row in runs))
-    values = {spec: [row for row in runs if row["run"] == spec] for spec in kinds}
-    columns = {}  # column -> {kind: values over seeds}
+
+    def tables(rows: list[dict], names: Iterable[str]) -> dict[str, torch.Tensor]:
+        kinds = dict.fromkeys(row["run"] for row in rows)
+        return {spec: torch.tensor([[float(r[c]) for c in names] for r in rows if r["run"] == spec]) for spec in kinds}
+
+    columns = {}
     for group, names in (("quality_norm_avg", quality), ("diversity_norm_avg", diversity)):
-        tables = {spec: torch.tensor([[float(row[c]) for c in names] for row in values[spec]]) for spec in kinds}
-        means = torch.stack([t.mean(0) for t in tables.values()])
-        columns |= {c: {spec: t[:, i].tolist() for spec, t in tables.items()} for i, c in enumerate(names)}
-        columns[group] = {spec: normalized_average(t, over=means).tolist() for spec, t in tables.items()}
-    columns["overall"] = {
-        spec: [(q + d) / 2 for q, d in zip(columns["quality_norm_avg"][spec], columns["diversity_norm_avg"][spec])]
-        for spec in kinds
-    }
+        means = torch.stack([t.mean(0) for t in tables(over or runs, names).values()])
+        mine = tables(runs, names)
+        columns |= {c: {spec: t[:, i].tolist() for spec, t in mine.items()} for i, c in enumerate(names)}
+        columns[group] = {spec: normalized_average(t, over=means).tolist() for spec, t in mine.items()}
+    halves = columns["quality_norm_avg"], columns["diversity_norm_avg"]
+    columns["overall"] = {spec: [(q + d) / 2 for q, d in zip(*(half[spec] for half in halves))] for spec in mine}
+    return columns
+
+
+def scores(runs: list[dict], quality: tuple[str, ...], diversity: tuple[str, ...]) -> list[dict]:
+    """Rows for `metrics.table`: each kind of run with (mean, standard deviation over seeds) in every column of `by_seed`."""
+    columns = by_seed(runs, quality, diversity)
     return [
         {"name": figures.label(spec), "reference": spec == "base"}
         | {c: (mean(v[spec]), stdev(v[spec])) if len(v[spec]) > 1 else v[spec][0] for c, v in columns.items()}
-        for spec in kinds
+        for spec in columns["overall"]
     ]
 
 

@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from ref import figures
-from ref.compare import COLUMNS, Comparison, front, main, one, parse, refuse_doubles, scores, twin, write_results
+from ref.compare import (
+    COLUMNS,
+    Comparison,
+    by_seed,
+    front,
+    main,
+    one,
+    parse,
+    refuse_doubles,
+    scores,
+    twin,
+    write_results,
+)
 from ref.metrics import normalized_average, overall
 from ref.runs import asked
 
@@ -60,6 +72,15 @@ def some_runs():
         for seed in range(4):
             rows.append({"run": run, "seed": seed} | {c: torch.rand((), generator=rng).item() for c in columns})
     return rows
+
+
+def test_one_table_s_runs_on_the_scale_of_another():
+    """A column from 0 to 4 in the means of the other table: its runs are worth a quarter of what they measure."""
+    value = lambda run, seed, v: {"run": run, "seed": seed, "q": v, "d": 3 * v}  # noqa: E731
+    other = [value("base", "", 0), value("pec", 0, 3), value("pec", 1, 5)]
+    columns = by_seed([value("base", "", 0), value("kl", 0, 1), value("kl", 1, 2)], ("q",), ("d",), other)
+    assert columns["q"] == {"base": [0], "kl": [1, 2]}
+    assert columns["overall"] == {"base": [0], "kl": [0.25, 0.5]}
 
 
 def test_scores_are_the_norm_avg_of_the_means_and_their_spread():
