@@ -4,12 +4,12 @@ Instead of guessing lambda, ask for a feature variance V* and let lambda find it
 is too small, and falls while it is too large. The better of two modes holds p, features are Delta apart, so
 V = Delta^2 p (1 - p); rewards differ by delta. In each iteration
 
-    lambda     += eta (V* - V),                     not below what makes Lambda 0
+    lambda     += eta (V* - V),                     not below 0
     logit p    += (r / delta) [delta + Lambda Delta^2 (1 - 2 p)],
     Lambda      = (lambda + kappa (V* - V)) / (2 h^2) (K - 2) / K,    not below 0
 
-r is the learner's speed, kappa a proportional part that damps. While Lambda is 0, V too large and falling, lambda waits:
-below it lies nothing that could be less. Both rest at
+r is the learner's speed, kappa a proportional part that damps. While Lambda is 0 (on average: V's own noise must not
+decide), V is too large and falling, and lambda waits: below it lies nothing that could be less. Both rest at
 
     p* = 1/2 + u / 2,    u = sqrt(1 - 4 V* / Delta^2),      lambda* = 2 delta h^2 / (Delta^2 u) K / (K - 2),
 
@@ -71,20 +71,28 @@ def swing(
 
 
 def hold(
-    weight: float, share: float, target: float, reward_std: float, integral: float = 0.5, proportional: float = 10.0
+    weight: float,
+    share: float,
+    kept: float,
+    target: float,
+    reward_std: float,
+    integral: float = 2.0,
+    proportional: float = 40.0,
 ) -> tuple[float, float]:
     """One iteration of the rule, without units: (the next `weight`, PEC's weight to use now), both >= 0 if `weight` is.
 
     share       feature variance of this iteration's groups over that of the base model
+    kept        the same, averaged over some iterations before: it decides whether `weight` waits
     target      the share asked for
     reward_std  within-group standard deviation of the *base* model's rewards
 
     For PEC's weight (per dimension) with the calibrated bandwidth, so that neither phi's scale, nor D, nor
-    the reward's enters. proofs/P19 derives the two gains: for learners that add 0.03 to 0.3 to logit p an iteration
-    and targets of 0.5 to 0.95 the damping gamma / omega lies between 0.6 and 5.
+    the reward's enters. proofs/P19 derives the two gains: for learners that add 0.01 to 0.1 to logit p an iteration
+    and targets of 0.5 to 0.95 the damping gamma / omega lies between 0.5 and 2.5.
     """
     lacking = (target - share) * reward_std
-    weight = max(weight + integral * lacking, min(weight, -proportional * lacking))
+    if weight + proportional * (target - kept) * reward_std > 0:
+        weight = max(0.0, weight + integral * lacking)
     return weight, max(0.0, weight + proportional * lacking)
 
 
