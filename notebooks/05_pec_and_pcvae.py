@@ -189,9 +189,11 @@ logit = lambda p: math.log(p / (1 - p))  # noqa: E731
 ahead = next((n for n, used in enumerate(swings[0][2]) if used), 5)  # until then the reward is alone
 early = max(0, ahead - 10)
 speed = sum(logit(p[ahead]) - logit(p[early]) for p, *_ in swings) / len(swings) / max(1, ahead - early)
-p, weight, theory = 0.5, constraint.estimate(SHARE, DELTA / 2, K), ([], [])
+p, kept, weight, theory = 0.5, 1.0, constraint.estimate(SHARE, DELTA / 2, K), ([], [])
 for _ in swings[0][0]:
-    weight, used = constraint.hold(weight, 4 * p * (1 - p), SHARE, DELTA / 2)
+    share = 4 * p * (1 - p)
+    weight, used = constraint.hold(weight, share, kept, SHARE, DELTA / 2)
+    kept += (share - kept) / 5
     pull = DELTA + used / (2 * state.bandwidth**2) * (K - 2) / K * DISTANCE**2 * (1 - 2 * p)
     p = 1 / (1 + math.exp(-logit(p) - speed / DELTA * pull))
     theory[0].append(p), theory[1].append(weight)
