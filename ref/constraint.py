@@ -87,7 +87,7 @@ def hold(
     reward_std  within-group standard deviation of the *base* model's rewards
 
     For PEC's weight (per dimension) with the calibrated bandwidth, so that neither phi's scale, nor D, nor
-    the reward's enters. proofs/P19 derives the two gains: for learners that add 0.01 to 0.1 to logit p an iteration
+    the reward's enters. proofs/P19 derives what bounds the two gains: for learners that add 0.01 to 0.1 to logit p an iteration
     and targets of 0.5 to 0.95 the damping gamma / omega lies between 0.5 and 2.5.
     """
     lacking = (target - share) * reward_std

@@ -304,8 +304,8 @@ def bias(share, group, groups):
 def test_p19_hold_comes_to_rest():
     """Two modes, groups enumerated, centred advantages: p and lambda end at rest_point to 1e-4, within 2 % from the 400th iteration on.
 
-    So do sampled groups, on average: 32 groups of 8, 100 replicas, iterations 150 to 300. What balances the reward is the mean of
-    Lambda (2p - 1), so Lambda's own is Lambda* less 2 Cov(Lambda, p) / u, here 2 %. Planted: waiting by a single share.
+    So do sampled groups, on average: 32 groups of 8, 100 replicas, iterations 150 to 300, six standard errors. What balances the
+    reward is the mean of Lambda (2p - 1); Lambda's own lies 2 Cov(Lambda, p) / u below it, 2 %. Planted: waiting by a single share.
     """
     for share in (0.6, 0.8, 0.9):
         for group in (5, 16):
@@ -320,17 +320,22 @@ def test_p19_hold_comes_to_rest():
         def rule(used, V):
             share = 4 * V / DISTANCE**2
             waits = kept if average else share
-            pairs = [constraint.hold(*each, 0.75, GAP / 2) for each in zip(*map(torch.Tensor.tolist, (weight, share, waits)))]
+            pairs = [
+                constraint.hold(*each, 0.75, GAP / 2) for each in zip(*map(torch.Tensor.tolist, (weight, share, waits)))
+            ]
             kept.add_((share - kept) / 5)
             weight[:], used = torch.tensor(pairs, dtype=torch.float64).T
             return used
 
         (p, used, _, _), _ = sampled(rule, 300, 100, 0.05, groups=32)
-        return p[150:].mean().item(), used[150:].mean().item(), (used * (2 * p - 1) / u)[150:].mean().item()
+        balance = (used * (2 * p - 1) / u)[150:].mean(0)
+        return [
+            ((each.mean() - rested) / (each.std() / 10)).item()
+            for each, rested in zip((p[150:].mean(0), balance), rest)
+        ]
 
-    p, used, balance = ends(True)
-    assert (p, balance) == pytest.approx(rest, rel=0.005) and used == pytest.approx(rest[1], rel=0.03)
-    assert ends(False)[0] < 0.98 * rest[0]
+    assert all(abs(t) < 6 for t in ends(True))  # two means over 100 replicas: 6e-8 if they were exact
+    assert abs(ends(False)[0]) > 30
 
 
 @pytest.mark.claim("P19")
