@@ -192,7 +192,7 @@ speed = sum(logit(p[ahead]) - logit(p[early]) for p, *_ in swings) / len(swings)
 p, kept, weight, theory = 0.5, 1.0, constraint.estimate(SHARE, DELTA / 2, K), ([], [])
 for _ in swings[0][0]:
     share = 4 * p * (1 - p)
-    weight, used = constraint.hold(weight, share, kept, SHARE, DELTA / 2)
+    weight, used = constraint.hold(weight, share, kept, SHARE, DELTA / 2, 32)
     kept += (share - kept) / 5
     pull = DELTA + used / (2 * state.bandwidth**2) * (K - 2) / K * DISTANCE**2 * (1 - 2 * p)
     p = 1 / (1 + math.exp(-logit(p) - speed / DELTA * pull))
