@@ -71,7 +71,13 @@ def swing(
 
 
 def hold(
-    weight: float, share: float, kept: float, target: float, reward_std: float, groups: int
+    weight: float,
+    share: float,
+    kept: float,
+    target: float,
+    reward_std: float,
+    integral: float = 2.0,
+    proportional: float = 40.0,
 ) -> tuple[float, float]:
     """One iteration of the rule, without units: (the next `weight`, PEC's weight to use now), both >= 0 if `weight` is.
 
@@ -79,14 +85,12 @@ def hold(
     kept        the same, averaged over some iterations before: it decides whether `weight` waits
     target      the share asked for
     reward_std  within-group standard deviation of the *base* model's rewards
-    groups      how many groups `share` is an average of; as its noise falls with their root, the gains rise
 
     For PEC's weight (per dimension) with the calibrated bandwidth, so that neither phi's scale, nor D, nor
-    the reward's enters. proofs/P19 derives what bounds the two gains: with 32 groups, for learners that add 0.01 to 0.1 to
-    logit p an iteration and targets of 0.5 to 0.95, the damping gamma / omega lies between 0.5 and 2.5.
+    the reward's enters. proofs/P19 derives what bounds the two gains: for learners that add 0.01 to 0.1 to logit p an iteration
+    and targets of 0.5 to 0.95 the damping gamma / omega lies between 0.5 and 2.5.
     """
-    lacking, finer = (target - share) * reward_std, math.sqrt(groups / 32)
-    integral, proportional = 2 * finer, 40 * finer
+    lacking = (target - share) * reward_std
     if weight + proportional * (target - kept) * reward_std > 0:
         weight = max(0.0, weight + integral * lacking)
     return weight, max(0.0, weight + proportional * lacking)

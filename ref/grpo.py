@@ -166,8 +166,7 @@ def train(
             if not state.unit:  # the first iteration samples the base model; later ones count where that pays all alike
                 state.unit = method.unit(group.reward.std(1).mean().item(), settings.std_normalize)
                 state.weight = estimate(target, state.unit, settings.group_size)
-            now = diversity(group), state.kept, target, state.unit, settings.groups
-            state.weight, method.weight = hold(state.weight, *now)
+            state.weight, method.weight = hold(state.weight, diversity(group), state.kept, target, state.unit)
             if not unmet and (unmet := out_of_reach(state.weight, state.kept, target, state.unit, settings.group_size)):
                 warnings.warn(unmet, stacklevel=2)
         shaped, over = method.shape(group), (0, 1) if settings.global_std else 1

@@ -216,7 +216,7 @@ def test_p19_hold_has_no_units(seed, stretch, pay, D, share):
         h, used = calibrate(2 * phi), 0.0  # the base model's features are twice as wide
         kept, weight = (feature_variance(phi).mean() / feature_variance(2 * phi).mean()).item(), 0.0
         for _ in range(3):
-            weight, used = constraint.hold(weight, kept, kept, share, R.std(1).mean().item(), 32)
+            weight, used = constraint.hold(weight, kept, kept, share, R.std(1).mean().item())
         group = Group(R, phi, h, torch.zeros(4, 6, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
         return advantages(METHODS["pec"](used).shape(group), math.inf, std_normalize=False), used
 
@@ -260,10 +260,7 @@ def test_p19_gains():
         (1.0, 0.8, 0.8, (1.2, 5.2)),  # too alike: it rises
         (0.1, 1.0, 0.9, (0.0, 0.0)),
     ):
-        assert constraint.hold(before, share, kept, 0.9, 1.0, 32) == pytest.approx(now, rel=1e-12)
-    assert constraint.hold(5.0, 1.0, 1.0, 0.9, 1.0, 8) == pytest.approx(
-        (4.9, 2.9), rel=1e-12
-    )  # a quarter of the groups
+        assert constraint.hold(before, share, kept, 0.9, 1.0) == pytest.approx(now, rel=1e-12)
     caps = {
         3: 1.0,
         4: 0.8611,
@@ -286,7 +283,7 @@ def enumerated(share, group, normalize, iterations=800, speed=0.05):
     weight = constraint.estimate(share, GAP / 2, group)
     for _ in range(iterations):
         now = 4 * p * (1 - p)
-        weight, used = constraint.hold(weight, now, kept, share, GAP / 2, 32)
+        weight, used = constraint.hold(weight, now, kept, share, GAP / 2)
         said = constraint.out_of_reach(weight, kept, share, GAP / 2, group)
         pull = two_modes.drift(p, used, GAP, DISTANCE, h, group, normalize) * group / (group - 1) / (p * (1 - p))
         p = 1 / (1 + math.exp(-(math.log(p / (1 - p)) + speed * pull / (1 if normalize else GAP))))
@@ -324,8 +321,7 @@ def test_p19_hold_comes_to_rest():
             share = 4 * V / DISTANCE**2
             waits = kept if average else share
             pairs = [
-                constraint.hold(*each, 0.75, GAP / 2, 32)
-                for each in zip(*map(torch.Tensor.tolist, (weight, share, waits)))
+                constraint.hold(*each, 0.75, GAP / 2) for each in zip(*map(torch.Tensor.tolist, (weight, share, waits)))
             ]
             kept.add_((share - kept) / 5)
             weight[:], used = torch.tensor(pairs, dtype=torch.float64).T
@@ -426,7 +422,7 @@ def test_p19_the_bias_of_a_share_and_a_pull_from_the_same_samples():
             p = 1 / (1 + np.exp(-logit))
             better, before = rng.binomial(K, p[:, None], (300, G)), used
             kept = f[better].mean(1)
-            weight, used = np.transpose([constraint.hold(*pair, share, share, 1.0, G) for pair in zip(weight, kept)])
+            weight, used = np.transpose([constraint.hold(*pair, share, share, 1.0) for pair in zip(weight, kept)])
             gap = 2 + 2 * (before if late else used)[:, None] * K / (K - 1) * (1 - 2 * better / K)
             logit = logit + speed / 2 * (f[better] * gap).mean(1) / (4 * p * (1 - p))
             weights.append(before if late else used), shares.append(kept)
