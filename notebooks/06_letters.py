@@ -176,7 +176,6 @@ figures.training_curves(histories)
 # show the same), of colours and of pixels on the right. A target stands in place of a $\lambda$: the share of the base model's variance asked for (proofs/P19). Held fixed: iterations,
 # samples, and the learning rate, 2e-3, that of the preset (below: half of it). Norm.Avg scales each column by its range over the rows shown, so it compares rows of one table only.
 
-
 # %%
 def of(rows):
     """name -> its runs, seed by seed; the base model's one line is left out."""
@@ -225,7 +224,6 @@ figures.reward_diversity_front(front(shown_there, "typefaces"), "typefaces")
 # %% [markdown]
 # The best of each method, by Overall (the mean of both Norm.Avg):
 
-
 # %%
 def overall(rows, preset, over=None):
     """name -> Overall of each of its seeds, each column scaled by its range over the rows of a table, `over` or this one."""
@@ -243,7 +241,6 @@ def best(rows, preset, over=None):
 
 
 best(runs, "letters")
-
 
 # %%
 def beside(rows, against="flow_grpo_kl:0.03", over=runs):
