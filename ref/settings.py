@@ -78,7 +78,7 @@ class Settings:
     ema: Annotated[float, Ge(0), Lt(1)] = 0.0  # decay of the averaged weights, which are saved; 0 is off
     ema_every: Annotated[int, Ge(1), Le(10**6)] = 1  # optimiser steps between two updates of the averages (Flow-GRPO 8)
     target_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # share of the base model's variance to hold (P19)
-    stop_below_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # end a run below; under a target it dips .15
+    stop_below_diversity: Annotated[float, Gt(0), Lt(10)] | None = None  # end a run below it; under a target it dips .2
     omega: Literal["uniform", "variance"] = "uniform"  # weights over steps of PEC and PCVAE; variance: as s_i^2
     images_per_prompt: Annotated[int, Ge(2), Le(1000)] | None = None  # of evaluations (None: the preset's)
     seed: int = 0
